@@ -1,0 +1,164 @@
+"""One socket, many messages: framing, for workers (blocking) and supervisor (never blocking).
+
+Runs in: every process. A frame is a little-endian uint32 length and one msgpack message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import time
+from collections import deque
+
+import msgspec
+
+from pipeline.faults import faultpoint
+from pipeline.messages import ALL, Message
+
+_LENGTH = struct.Struct("<I")
+_MAX_FRAME_BYTES = 64 << 20
+_RECV_BYTES = 1 << 18
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(__import__("typing").Union[ALL]).decode  # type: ignore[valid-type]
+
+
+class ClosedError(Exception):
+    """The other side has closed the socket, or died."""
+
+
+class Frames:
+    """Cuts received bytes into messages; a torn last frame is never delivered. Pure."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        """Add received bytes and return the messages that are now whole, in order."""
+        buffer, messages, at = self._buffer, [], 0
+        buffer += data
+        while len(buffer) - at >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(buffer, at)
+            if size > _MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {size} bytes: the stream is damaged")
+            if len(buffer) - at - _LENGTH.size < size:
+                break
+            at += _LENGTH.size
+            messages.append(_decode(memoryview(buffer)[at : at + size]))
+            at += size
+        del buffer[:at]
+        return messages
+
+
+def frame(message: Message) -> bytes:
+    """The bytes of one message on the wire."""
+    payload = _encode(message)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+class Channel:
+    """The worker's end: blocking, and the end of the supervisor is the end of the worker.
+
+    Runs in: workers and consumer. Not for use by several threads at once, except that one may
+    send while another receives.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._frames = Frames()
+        self._inbox: deque[Message] = deque()
+
+    def send(self, message: Message) -> None:
+        """Send one message.
+
+        Raises:
+            ClosedError: the supervisor is gone.
+        """
+        name = type(message).__name__
+        faultpoint(f"before_send:{name}")
+        data = frame(message)
+        try:
+            with faultpoint.torn(f"mid_send:{name}", self._sock, data):
+                self._sock.sendall(data)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ClosedError from error
+        faultpoint(f"after_send:{name}")
+
+    def receive(self, timeout_s: float | None = None) -> Message | None:
+        """The next message; None when none came within timeout_s (0: do not wait at all).
+
+        Raises:
+            ClosedError: the supervisor is gone.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._inbox:
+            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._sock], [], [], wait)[0]:
+                return None
+            try:
+                data = self._sock.recv(_RECV_BYTES)
+            except ConnectionResetError as error:
+                raise ClosedError from error
+            if not data:
+                raise ClosedError
+            self._inbox.extend(self._frames.feed(data))
+        message = self._inbox.popleft()
+        faultpoint(f"received:{type(message).__name__}")
+        return message
+
+
+class SupervisorChannel:
+    """The supervisor's end: sends are queued and never block, receives take what is there.
+
+    Runs in: supervisor.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._frames = Frames()
+        self._outbox = bytearray()
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether queued bytes wait for the socket to take them."""
+        return bool(self._outbox)
+
+    def send(self, message: Message) -> None:
+        """Queue a message and send what the socket takes now. A dead peer is not an error here:
+        its EOF is what counts."""
+        self._outbox += frame(message)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send queued bytes as far as the socket takes them."""
+        with contextlib.suppress(BlockingIOError):
+            try:
+                while self._outbox:
+                    del self._outbox[: self.sock.send(self._outbox)]
+            except (BrokenPipeError, ConnectionResetError):
+                self._outbox.clear()
+
+    def receive(self) -> tuple[list[Message], bool]:
+        """All messages that have arrived, and whether the peer is gone (EOF or reset).
+
+        A peer that is gone has had everything it sent drained; a torn last record is dropped.
+        """
+        messages: list[Message] = []
+        while True:
+            try:
+                data = self.sock.recv(_RECV_BYTES)
+            except BlockingIOError:
+                return messages, False
+            except ConnectionResetError:
+                return messages, True
+            if not data:
+                return messages, True
+            messages += self._frames.feed(data)
+
+    def close(self) -> None:
+        self.sock.close()

@@ -1,0 +1,95 @@
+"""Every error a user can meet, as one tree, and the exit code of each.
+
+Runs in: every process. Pure.
+
+An error says what happened, where, and what to do. The supervisor prints it and exits with
+its code; a traceback is for bugs only.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """What the exit status of the command means."""
+
+    OK = 0
+    BUG = 1  # an unexpected exception: please report it
+    USAGE = 2  # wrong option or configuration: correct it, starting again does not help
+    DATA = 3  # a shard or record cannot be read and may not be skipped
+    DISK = 4  # the byte budget or the disk is too small, or the cache folder is in use
+    SOURCE = 5  # a shard cannot be fetched: network, permission, not found
+    CRASHED = 6  # a worker or the trainer died too often
+    RESUME = 75  # stopped as asked, or cut off: the same command goes on where it ended
+
+
+class FinewebError(Exception):
+    """Base of all errors that are not bugs.
+
+    Args:
+        what: What happened, and where: the shard, the record, the key.
+        remedy: What the user can do about it.
+    """
+
+    exit_code = ExitCode.BUG
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  {self.remedy}" if self.remedy else self.what
+
+
+class ConfigError(FinewebError):
+    """A configuration or an option that cannot be."""
+
+    exit_code = ExitCode.USAGE
+
+
+class CursorMismatchError(ConfigError):
+    """A checkpoint belongs to other shards, another configuration or another seed."""
+
+
+class SourceError(FinewebError):
+    """A shard cannot be listed or fetched."""
+
+    exit_code = ExitCode.SOURCE
+
+
+class ShardError(FinewebError):
+    """A fetched shard cannot be read: damaged, cut off, or of an unknown format."""
+
+    exit_code = ExitCode.DATA
+
+
+class BadRecordsError(FinewebError):
+    """More records are bad than the run allows."""
+
+    exit_code = ExitCode.DATA
+
+
+class BudgetError(FinewebError):
+    """The byte budget cannot hold what the run needs, or the disk is full."""
+
+    exit_code = ExitCode.DISK
+
+
+class CacheInUseError(FinewebError):
+    """Another run owns the cache folder."""
+
+    exit_code = ExitCode.DISK
+
+
+class WorkerCrashError(FinewebError):
+    """A worker, or the trainer, died too often."""
+
+    exit_code = ExitCode.CRASHED
+
+
+class StoppedError(FinewebError):
+    """The run was asked to stop, or its trainer was cut off: the same command resumes it."""
+
+    exit_code = ExitCode.RESUME
