@@ -81,11 +81,12 @@ class Counts(msgspec.Struct, frozen=True):
 
 
 class Skip(msgspec.Struct, frozen=True):
-    """A block (or, with block None, the rest of a shard) that the run leaves out."""
+    """A block (or, with rest, that block and all later ones of its shard) that is left out."""
 
     lane: int
     sequence: int
-    block: int | None
+    block: int
+    rest: bool
     reason: str
 
 
@@ -309,7 +310,7 @@ class WriterSetup(Message):
     positions: tuple[int, ...]
     seq_len: int
     out_dir: str
-    vocab_size: int
+    eot: int  # the end-of-text token: counting it counts documents
     file_tokens: int
     limit_tokens: int | None
     checkpoint_s: float

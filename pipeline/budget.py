@@ -1,0 +1,55 @@
+"""The byte budget's arithmetic: what may be set aside on disk without ever getting stuck.
+
+Runs in: supervisor. Pure.
+
+Every byte is reserved before it is written. The shard that a lane reads, or needs next, is its
+current one; each lane always keeps its floor, room for the largest shard there is, so a lane's
+next shard can be fetched whatever the others hold: the budget cannot deadlock. Shards fetched
+ahead share what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pipeline.errors import BudgetError
+
+
+def floor_bytes(sizes_bytes: Iterable[int | None], step_bytes: int) -> int:
+    """Bytes that each lane keeps for its current shard: the largest known size, and at least one
+    grant where a size is unknown."""
+    sizes = list(sizes_bytes)
+    known = max((size for size in sizes if size is not None), default=0)
+    return max(known, step_bytes) if None in sizes else known
+
+
+def charge(
+    fixed_bytes: int, floor: int, current_bytes: Sequence[int], ahead_bytes: Iterable[int]
+) -> int:
+    """Bytes taken from the budget.
+
+    Args:
+        fixed_bytes: Logs, small files and checkpoints (the one being written too).
+        floor: From floor_bytes.
+        current_bytes: Per lane that still reads, the bytes reserved for its current shard.
+        ahead_bytes: Per shard fetched ahead, its reserved bytes.
+    """
+    return fixed_bytes + sum(max(floor, have) for have in current_bytes) + sum(ahead_bytes)
+
+
+def refuse_too_small(
+    budget_bytes: int, *, fixed_bytes: int, checkpoint_bytes: int, floor: int, lanes: int
+) -> None:
+    """Refuse a budget that cannot hold what the run cannot do without.
+
+    Raises:
+        BudgetError: names the smallest budget that works.
+    """
+    smallest = fixed_bytes + checkpoint_bytes + floor * lanes
+    if smallest > budget_bytes:
+        raise BudgetError(
+            f"the disk budget of {budget_bytes / 1e9:.3f} GB is too small: {lanes} lanes × "
+            f"{floor / 1e9:.3f} GB (the largest shard) + {checkpoint_bytes / 1e9:.3f} GB of "
+            f"checkpoints + {fixed_bytes / 1e9:.3f} GB of logs = {smallest / 1e9:.3f} GB",
+            f"give --max-disk {smallest / 1e9 + 0.0005:.3f} or more, fewer --lanes, or smaller shards",
+        )

@@ -1,0 +1,67 @@
+"""What the stream depends on, in words and as a fingerprint.
+
+Runs in: supervisor. Pure.
+
+A cursor points into one stream. The entries here are all that decides which stream that is; the
+number of workers, the budget and the batch size are not among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import xxhash
+
+from pipeline.catalog import Shard
+from pipeline.config import Config
+from pipeline.errors import CursorMismatchError
+from pipeline.messages import Cursor
+
+
+def identity(config: Config, shards: Sequence[Shard], lanes: int) -> dict[str, str]:
+    """Everything that the tokens depend on, as text a person can compare."""
+    listing = xxhash.xxh3_128_hexdigest(
+        msgspec.json.encode([(shard.name, shard.size_bytes, shard.version) for shard in shards])
+    )
+    stream, tokenizer = config.data.stream, config.data.tokenizer
+    return {
+        "shards": f"{len(shards)} shards, {listing}",
+        "data.stream.text_field": stream.text_field,
+        "data.stream.lanes": str(lanes),
+        "data.stream.shuffle": str(stream.shuffle),
+        "data.stream.block_bytes": str(stream.block_bytes),
+        "data.tokenizer.name": tokenizer.name,
+        "data.tokenizer.vocab_size": str(tokenizer.vocab_size),
+        "data.preprocessing.max_context_size": str(config.data.preprocessing.max_context_size),
+        "system.seed": str(config.system.seed) if stream.shuffle else "none",
+    }
+
+
+def fingerprint(entries: dict[str, str]) -> str:
+    """A short hash of the identity."""
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(sorted(entries.items())))
+
+
+def refuse_other(cursor: Cursor, entries: dict[str, str], where: str) -> None:
+    """Refuse a cursor of another stream.
+
+    Args:
+        cursor: From a checkpoint.
+        entries: The identity of this run.
+        where: The checkpoint, for the message.
+
+    Raises:
+        CursorMismatchError: names every entry that differs.
+    """
+    if cursor.fingerprint == fingerprint(entries):
+        return
+    differing = [
+        f"{key}: {cursor.identity.get(key, 'absent')} then, {entries.get(key, 'absent')} now"
+        for key in sorted(cursor.identity | entries)
+        if cursor.identity.get(key) != entries.get(key)
+    ]
+    raise CursorMismatchError(
+        f"{where} belongs to another token stream: " + "; ".join(differing or ["other version"]),
+        "resume with the same shards and settings, or start over with --fresh",
+    )

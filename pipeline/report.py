@@ -1,0 +1,267 @@
+"""What the run shows: status for the view, events for the log, peaks for the summary.
+
+Runs in: supervisor. Reads the scheduler's state, decides nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from pipeline import checkpoints
+from pipeline.log import RunLog
+from pipeline.messages import CheckpointWritten
+from pipeline.state import FileState, State, Worker
+from pipeline.status import DiskStatus, StageStatus, Status, View
+
+if TYPE_CHECKING:
+    from pipeline.generation import Generation
+    from pipeline.supervisor import Job
+
+_MEMORY_EVERY_S = 1.0
+_RATE_WINDOW_S = 5.0
+_VERDICTS = {
+    "fetch": "fetchers limit",
+    "decompress": "decompressors limit",
+    "tokenize": "tokenizers limit",
+}
+
+
+class _Rate:
+    """Increase per second of a running total, over the last few seconds."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[float, float]] = []
+
+    def add(self, now: float, total: float) -> float:
+        self._points.append((now, total))
+        while now - self._points[0][0] > _RATE_WINDOW_S and len(self._points) > 1:
+            self._points.pop(0)
+        (t0, n0), (t1, n1) = self._points[0], self._points[-1]
+        return (n1 - n0) / (t1 - t0) if t1 > t0 and n1 >= n0 else 0.0
+
+
+class Reporter:
+    """Feeds the view and the log files.
+
+    Args:
+        job: The run.
+        view: Where the user looks.
+        log: The run's log files.
+        lanes: Number of lanes.
+        started: time.monotonic() at the start of the run.
+    """
+
+    def __init__(self, job: Job, view: View, log: RunLog, lanes: int, started: float) -> None:
+        self.job, self.view, self.log, self.started = job, view, log, started
+        self.generation: Generation | None = None
+        self.restarts = 0  # of the consumer; the workers' are counted by the scheduler
+        self.peak_disk_bytes = 0
+        self.peak_rss_bytes = 0
+        self.metrics: dict[str, Any] = {}
+        self._checkpoint_bytes = 0
+        self._lanes = lanes
+        self._rates: dict[str, _Rate] = {}
+        self._busy: dict[str, tuple[float, float]] = {}
+        self._memory_at = 0.0
+        self._total_steps = (
+            job.config.training.hyperparameters.iters if job.kind == "train" else None
+        )
+
+    # ── what happens ────────────────────────────────────────────────────────────────────────
+
+    def event(self, level: str, event: str, **fields: Any) -> None:
+        """Something has happened: to the log file and to the view."""
+        self.log.event(level, event, **fields)
+        self.view.event(level, event, **fields)
+        self.disk()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """The consumer's metrics of one update."""
+        self.metrics = metrics
+        if self.job.kind == "train":
+            disk = self.disk()
+            self.log.step(metrics, disk)
+            self.view.event("info", "step_done", **metrics)
+
+    def checkpoint_written(self, message: CheckpointWritten) -> None:
+        self._checkpoint_bytes = message.size_bytes
+        self.event(
+            "info",
+            "checkpoint_written",
+            step=message.step,
+            path=message.path,
+            size_bytes=message.size_bytes,
+        )
+
+    def checkpoints(self, run_dir: Path) -> None:
+        """Count the checkpoints that lie on the disk."""
+        self._checkpoint_bytes = checkpoints.size_bytes(run_dir)
+
+    # ── status ──────────────────────────────────────────────────────────────────────────────
+
+    def tick(self) -> None:
+        """A quarter of a second has passed: show where things stand."""
+        now = time.monotonic()
+        if now - self._memory_at >= _MEMORY_EVERY_S:
+            self._memory_at = now
+            self._measure_memory()
+        self.view.update(self.status())
+
+    def disk(self) -> DiskStatus:
+        """Bytes on disk, reservations of fetches under way counted in full; notes the peak."""
+        state = self._state()
+        files = state.files_in_use() if state else []
+        cached = [f for f in files if f.state is FileState.CACHED and f.reserved_bytes]
+        cached_bytes = sum(file.reserved_bytes for file in cached)
+        reserved = sum(file.reserved_bytes for file in files) - cached_bytes
+        writing = self.generation.writing_bytes if self.generation else 0
+        checkpoint_bytes = self._checkpoint_bytes + writing
+        used = cached_bytes + reserved + checkpoint_bytes + self.log.bytes
+        self.peak_disk_bytes = max(self.peak_disk_bytes, used)
+        return DiskStatus(
+            budget_bytes=int(self.job.config.data.stream.max_disk_gb * 1e9),
+            used_bytes=used,
+            cached_bytes=cached_bytes,
+            reserved_bytes=reserved,
+            checkpoint_bytes=checkpoint_bytes,
+            log_bytes=self.log.bytes,
+            peak_bytes=self.peak_disk_bytes,
+            evicted_bytes=state.evicted_bytes if state else 0,
+            evicted_shards=state.evicted_shards if state else 0,
+            cached_shards=len(cached),
+        )
+
+    def status(self) -> Status:
+        """Everything that a view shows."""
+        state, generation = self._state(), self.generation
+        metrics = self.metrics
+        ready = bool(generation and generation.facts)
+        restarts = self.restarts
+        if state is not None:
+            restarts += sum(worker.restarts for worker in state.workers.values())
+        return Status(
+            name=self.job.config.name,
+            kind=self.job.kind,
+            phase="running" if ready else "starting",
+            elapsed_s=time.monotonic() - self.started,
+            step=int(metrics.get("step", 0)),
+            total_steps=self._total_steps,
+            metrics=metrics,
+            stages=self._stages(state) if state else (),
+            ring_fill=self._ring_fill(state) if state else 0.0,
+            disk=self.disk(),
+            bad_records=generation.scheduler.filling.bad_records if generation else 0,
+            restarts=restarts,
+            limiting=self._verdict(),
+            message="",
+        )
+
+    def _state(self) -> State | None:
+        return self.generation.scheduler.state if self.generation else None
+
+    @staticmethod
+    def _ring_fill(state: State) -> float:
+        ring = state.plan.ring
+        room = ring.slots * ring.slot_tokens * len(state.lanes)
+        held = sum(
+            max(0, lane.placed - max(lane.base, lane.released * ring.slot_tokens))
+            for lane in state.lanes
+        )
+        return min(1.0, held / room)
+
+    def _stages(self, state: State) -> tuple[StageStatus, ...]:
+        generation = self.generation
+        assert generation is not None
+        now = time.monotonic()
+        fetching = sum(f.have_bytes for f in state.files_in_use() if f.state is FileState.FETCHING)
+        cached = sum(
+            1
+            for lane in state.lanes
+            for run in lane.runs
+            if run.attached and state.files[run.shard].state is FileState.CACHED
+        )
+        rows = [
+            (
+                "fetch",
+                "fetcher",
+                "B/s",
+                state.fetched_bytes + fetching,
+                cached,
+                len(state.lanes) * (1 + state.plan.prefetch),
+            ),
+            (
+                "decompress",
+                "decompressor",
+                "B/s",
+                sum(lane.text_bytes for lane in state.lanes),
+                state.plan.text_slots - len(state.free_slots),
+                state.plan.text_slots,
+            ),
+            (
+                "tokenize",
+                "tokenizer",
+                "tok/s",
+                generation.scheduler.placing.tokens,
+                sum(len(w.queue) for w in state.workers.values() if w.role == "tokenizer"),
+                2 * state.plan.workers["tokenizer"],
+            ),
+        ]
+        return tuple(
+            StageStatus(
+                name=name,
+                workers=state.plan.workers[role],
+                busy=self._busy_share(state, role, now),
+                rate=self._rates.setdefault(name, _Rate()).add(now, total),
+                unit=unit,
+                queue=queue,
+                capacity=capacity,
+                restarts=sum(w.restarts for w in state.workers.values() if w.role == role),
+            )
+            for name, role, unit, total, queue, capacity in rows
+        )
+
+    def _busy_share(self, state: State, role: str, now: float) -> float:
+        """Share of the time since the last look that the role's workers had work."""
+
+        def busy(worker: Worker) -> float:
+            since = worker.busy_since
+            return worker.busy_s + (max(0.0, now - since) if since is not None else 0.0)
+
+        workers = [worker for worker in state.workers.values() if worker.role == role]
+        total = sum(busy(worker) for worker in workers)
+        then, before = self._busy.get(role, (self.started, 0.0))
+        self._busy[role] = (now, total)
+        span = (now - then) * len(workers)
+        return min(1.0, max(0.0, (total - before) / span)) if span > 0 else 0.0
+
+    def _verdict(self) -> str:
+        """What limits the run now, in words."""
+        if self.generation is None or not self.generation.facts:
+            return "starting"
+        limiting = self.generation.scheduler.limiting()
+        wait = self.metrics.get("data_wait_share")
+        if self.job.kind == "train" and (limiting == "consumer" or (wait or 0.0) < 0.01):
+            waits = f": data waits {100 * wait:.1f} %" if wait is not None else ""
+            return f"the trainer limits{waits}"
+        if limiting == "consumer":
+            return "the disk that is written to limits"
+        return _VERDICTS[limiting]
+
+    def _measure_memory(self) -> None:
+        """Memory of all processes; shared pages are counted once where the system says so."""
+        children = self.generation.children.values() if self.generation else ()
+        total = 0
+        for pid in (None, *(child.pid for child in children)):
+            try:
+                info = psutil.Process(pid).memory_full_info()
+            except psutil.Error:  # it has just ended
+                continue
+            total += getattr(info, "pss", 0) or info.uss
+        self.peak_rss_bytes = max(self.peak_rss_bytes, total)
+
+    def close(self) -> None:
+        self.view.update(self.status())

@@ -1,0 +1,93 @@
+"""The only place that starts a process.
+
+Runs in: supervisor.
+
+A child is a fresh interpreter (MLX does not survive a fork) with one end of a socket and the
+descriptors of the segments that its role may use; nothing else is inherited, so that a death is
+seen as EOF at once. It is its own process group: Ctrl-C reaches the supervisor alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from pipeline.channel import SupervisorChannel
+
+_WAIT_S = 2.0
+# Workers are one process per core: libraries must not start a thread per core in each.
+_ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
+}
+_TEXT_ROLES = frozenset({"decompressor", "tokenizer"})
+_RING_ROLES = frozenset({"tokenizer", "writer", "trainer"})
+
+
+@dataclass(eq=False)
+class Child:
+    """A running worker: its process, its socket and what it writes to standard error."""
+
+    name: str
+    role: str
+    process: subprocess.Popen[bytes]
+    channel: SupervisorChannel
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> str:
+        """End the process if it still runs, wait for it, and say how it ended.
+
+        The wait is the fence after which the process cannot write any more.
+        """
+        self.process.kill()
+        return self.wait()
+
+    def wait(self) -> str:
+        """Wait for a process whose socket is closed; one that lingers is killed."""
+        try:
+            code = self.process.wait(_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def close(self) -> None:
+        """Close the supervisor's ends."""
+        self.channel.close()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
+
+def start(name: str, role: str, *, text_fd: int, ring_fd: int) -> Child:
+    """Start a worker. Its main is found by pipeline/child.py."""
+    ours, theirs = socket.socketpair()
+    text = text_fd if role in _TEXT_ROLES else -1
+    ring = ring_fd if role in _RING_ROLES else -1
+    environment = os.environ | ({} if role == "trainer" else _ONE_THREAD)
+    command = [sys.executable, "-m", "pipeline.child", role, str(theirs.fileno())]
+    try:
+        process = subprocess.Popen(
+            [*command, str(text), str(ring)],
+            pass_fds=[fd for fd in (theirs.fileno(), text, ring) if fd >= 0],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment,
+            process_group=0,
+        )
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    assert process.stderr is not None
+    os.set_blocking(process.stderr.fileno(), False)
+    return Child(name, role, process, SupervisorChannel(ours))

@@ -1,0 +1,379 @@
+"""A whole run: catalog, budget, generations, signals, and what is left behind.
+
+Runs in: supervisor.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from pipeline import cache, catalog, checkpoints, encoding, identity, sizes
+from pipeline.config import Config, to_plain
+from pipeline.errors import ExitCode, WorkerCrashError
+from pipeline.generation import ConsumerDied, Generation, Hooks, Setup, evict_files
+from pipeline.lanes import LanePlan
+from pipeline.log import RunLog
+from pipeline.messages import (
+    CheckpointWritten,
+    ConsumerDone,
+    Cursor,
+    DecompressorSetup,
+    FetcherSetup,
+    LaneCursor,
+    Message,
+    RingLayout,
+    TextLayout,
+    TokenizerSetup,
+    TrainerSetup,
+    WriterSetup,
+)
+from pipeline.report import Reporter
+from pipeline.state import Plan, ShardInfo
+from pipeline.status import View
+from pipeline.workers import writer
+from shm import ring, segment, text
+
+_SMALL_FILES_BYTES = 1 << 18  # lock, status and configuration: beside the logs
+_MIN_DOCUMENT_BYTES = 64  # a block of documents shorter than this on average is cut earlier
+_MAX_CONSUMER_DEATHS = 3  # without a new checkpoint in between
+_BLOCKS_PER_TOKENIZER = 4
+_WRITER_CHECKPOINT_S = 10.0
+
+
+class Job(msgspec.Struct, frozen=True):
+    """Everything a run needs. run_dir is the --out folder for tokenize."""
+
+    kind: Literal["train", "tokenize"]
+    config: Config
+    run_dir: str
+    cache_dir: str
+    fresh: bool = False
+    limit_tokens: int | None = None
+    file_tokens: int = 100_000_000
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How the run ended."""
+
+    complete: bool
+    exit_code: int
+    summary: dict[str, Any]
+
+
+def run(job: Job, view: View) -> Outcome:
+    """Run a job to its end, or to Ctrl-C.
+
+    Raises:
+        FinewebError: what went wrong, where, and what to do.
+    """
+    run_dir = Path(job.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with cache.own(Path(job.cache_dir)), _signals() as stops:
+        if job.fresh:
+            _start_over(job, run_dir)
+        return _Run(job, view, stops).run()
+
+
+def _start_over(job: Job, run_dir: Path) -> None:
+    """Forget an earlier run; the command line has asked."""
+    shutil.rmtree(run_dir / checkpoints.FOLDER, ignore_errors=True)
+    patterns = ["log.txt*", "metrics.jsonl*", "bad_records.jsonl*"]
+    if job.kind == "tokenize":
+        patterns += [writer.STATE_FILE, "tokens_*.bin", "tokens_*.bin.partial"]
+    for pattern in patterns:
+        for path in run_dir.glob(pattern):
+            path.unlink()
+
+
+class _Stops:
+    """Counts requests to stop; readable wakes the event loop."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.readable, self.writable = socket.socketpair()
+        self.readable.setblocking(False)
+        self.writable.setblocking(False)
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.count += 1
+
+
+@contextmanager
+def _signals() -> Iterator[_Stops]:
+    """SIGINT, SIGTERM and SIGHUP only count; the event loop acts."""
+    stops = _Stops()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, stops) for number in numbers}
+    wakeup = signal.set_wakeup_fd(stops.writable.fileno(), warn_on_full_buffer=False)
+    try:
+        yield stops
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        stops.readable.close()
+        stops.writable.close()
+
+
+class _Run:
+    """One run: what stays the same over its generations."""
+
+    def __init__(self, job: Job, view: View, stops: _Stops) -> None:
+        self.job, self.config, self.view, self.stops = job, job.config, view, stops
+        self.stream = job.config.data.stream
+        self.run_dir, self.cache_dir = Path(job.run_dir), Path(job.cache_dir)
+        self.started = time.monotonic()
+        log_bytes = int(self.config.logging.max_log_mb * 1e6)
+        self.log = RunLog(self.run_dir, log_bytes)
+        self.fixed_bytes = log_bytes + _SMALL_FILES_BYTES
+        options = {"max_retries": self.stream.max_retries, "timeout_s": self.stream.timeout_s}
+        self.source_options: dict[str, Any] = options
+        self.shards = catalog.build(self.stream.shards, options)
+        self.lanes = min(self.stream.lanes, len(self.shards))
+        self.identity = identity.identity(self.config, self.shards, self.lanes)
+        tokenizer = self.config.data.tokenizer
+        encoder = encoding.load(tokenizer.name, tokenizer.vocab_size)
+        self.eot, self.token_bytes = encoder.eot, encoder.dtype.itemsize
+        self.sizes = sizes.split(sizes.usable_cpus(), job.kind, self.stream)
+        self.reporter = Reporter(job, view, self.log, self.lanes, self.started)
+        self.reporter.event("info", "workers_chosen", **msgspec.structs.asdict(self.sizes))
+
+    # ── the whole run ───────────────────────────────────────────────────────────────────────
+
+    def run(self) -> Outcome:
+        try:
+            done = self._generations()
+            return self._outcome(done)
+        finally:
+            self.reporter.close()
+            self.log.close()
+
+    def _generations(self) -> ConsumerDone:
+        """Generations until one ends; the consumer's death starts the next from what is durable."""
+        deaths, last = 0, None
+        while True:
+            cursor, checkpoint, checkpoint_bytes = self._resume_point()
+            deaths = 0 if cursor != last else deaths
+            last = cursor
+            try:
+                return self._generation(cursor, checkpoint, checkpoint_bytes)
+            except ConsumerDied as death:
+                deaths += 1
+                role = "trainer" if self.job.kind == "train" else "writer"
+                if deaths > _MAX_CONSUMER_DEATHS:
+                    raise WorkerCrashError(
+                        f"the {role} died {deaths} times without a new checkpoint, the last "
+                        f"time by {death.how}",
+                        "see log.txt; the same command resumes from the last checkpoint",
+                    ) from None
+                self.reporter.event("warning", f"{role}_died", how=death.how)
+                self.reporter.restarts += 1
+
+    def _resume_point(self) -> tuple[Cursor, str | None, int]:
+        """Where the data stands, the checkpoint to restore, and the bytes of one checkpoint."""
+        if self.job.kind == "tokenize":
+            state = writer.read_state(self.run_dir)
+            cursor, path, size = state and state.cursor, None, 0
+        else:
+            latest = checkpoints.latest(self.run_dir)
+            cursor = latest and latest.cursor
+            path, size = (str(latest.path), latest.size_bytes) if latest else (None, 0)
+        if cursor is None:
+            start = (LaneCursor(0, 0, 0, 0),) * self.lanes
+            return Cursor(identity.fingerprint(self.identity), self.identity, start), None, 0
+        identity.refuse_other(cursor, self.identity, path or str(self.run_dir))
+        self.reporter.event("info", "resuming", tokens=sum(lane.position for lane in cursor.lanes))
+        return cursor, path, size
+
+    # ── one generation ──────────────────────────────────────────────────────────────────────
+
+    def _generation(self, cursor: Cursor, checkpoint: str | None, size: int) -> ConsumerDone:
+        stream, seq_len = self.stream, self.config.data.preprocessing.max_context_size
+        ring_layout = RingLayout(
+            lanes=self.lanes,
+            slots=stream.ring_slots,
+            slot_tokens=stream.slot_windows * seq_len,
+            token_bytes=self.token_bytes,
+        )
+        text_layout = TextLayout(
+            slots=self.lanes + _BLOCKS_PER_TOKENIZER * self.sizes.tokenizers,
+            text_bytes=stream.block_bytes,
+            documents=stream.block_bytes // _MIN_DOCUMENT_BYTES,
+        )
+        positions = tuple(lane.position for lane in cursor.lanes)
+        kept = self.config.logging.keep_checkpoints
+        self.reporter.checkpoints(self.run_dir)
+        text_fd = segment.create(text.size_bytes(text_layout))
+        ring_fd = segment.create(ring.size_bytes(ring_layout))
+        try:
+            generation = Generation(
+                plan=self._plan(cursor, ring_layout, text_layout.slots),
+                setup=self._setup(cursor, checkpoint, ring_layout, text_layout, positions),
+                hooks=self._hooks(),
+                text_fd=text_fd,
+                ring_fd=ring_fd,
+                checkpoint_bytes=self._checkpoint_bytes(size, kept),
+                checkpoints_kept=kept,
+            )
+            self.reporter.generation = generation
+            return generation.run(*self._cached(), self.stops.readable.fileno())
+        finally:
+            os.close(text_fd)
+            os.close(ring_fd)
+
+    def _checkpoint_bytes(self, size: int, kept: int) -> int | None:
+        if self.job.kind == "tokenize":
+            return 0
+        return size * (kept + 1) or None
+
+    def _plan(self, cursor: Cursor, ring_layout: RingLayout, text_slots: int) -> Plan:
+        stream = self.stream
+        return Plan(
+            shards=tuple(
+                ShardInfo(
+                    shard.name,
+                    shard.url,
+                    shard.key,
+                    shard.version,
+                    shard.size_bytes,
+                    catalog.local_path(shard.url),
+                )
+                for shard in self.shards
+            ),
+            lanes=LanePlan(
+                [shard.size_bytes for shard in self.shards],
+                lanes=self.lanes,
+                seed=self.config.system.seed if stream.shuffle else None,
+                epochs=stream.epochs,
+            ),
+            ring=ring_layout,
+            text_slots=text_slots,
+            cache_dir=str(self.cache_dir),
+            budget_bytes=int(stream.max_disk_gb * 1e9),
+            fixed_bytes=self.fixed_bytes,
+            workers={
+                "fetcher": self.sizes.fetchers,
+                "decompressor": self.sizes.decompressors,
+                "tokenizer": self.sizes.tokenizers,
+            },
+            prefetch=stream.prefetch,
+            max_bad_records=stream.max_bad_records,
+            max_bad_shards=stream.max_bad_shards,
+            cursor=cursor,
+        )
+
+    def _setup(
+        self,
+        cursor: Cursor,
+        checkpoint: str | None,
+        ring_layout: RingLayout,
+        text_layout: TextLayout,
+        positions: tuple[int, ...],
+    ) -> Setup:
+        tokenizer = self.config.data.tokenizer
+        consumer: Message
+        if self.job.kind == "train":
+            consumer = TrainerSetup(
+                ring_layout, positions, to_plain(self.config), str(self.run_dir), checkpoint
+            )
+        else:
+            consumer = WriterSetup(
+                ring=ring_layout,
+                positions=positions,
+                seq_len=self.config.data.preprocessing.max_context_size,
+                out_dir=str(self.run_dir),
+                eot=self.eot,
+                file_tokens=self.job.file_tokens,
+                limit_tokens=self.job.limit_tokens,
+                checkpoint_s=_WRITER_CHECKPOINT_S,
+            )
+        return Setup(
+            consumer_role="trainer" if self.job.kind == "train" else "writer",
+            consumer=consumer,
+            fetcher=FetcherSetup(str(self.cache_dir), self.source_options),
+            decompressor=DecompressorSetup(text_layout, tokenizer.name, self.stream.text_field),
+            tokenizer=TokenizerSetup(
+                text_layout, ring_layout, tokenizer.name, tokenizer.vocab_size
+            ),
+            text=text_layout,
+            base=cursor,
+        )
+
+    def _hooks(self) -> Hooks:
+        keys = [shard.key for shard in self.shards]
+        return Hooks(
+            event=self.reporter.event,
+            step=self.reporter.step,
+            tick=self._tick,
+            stop_requested=lambda: self.stops.count,
+            checkpoint=self._checkpoint_written,
+            evict=lambda shard: evict_files(self.cache_dir, keys[shard]),
+        )
+
+    def _tick(self) -> None:
+        try:
+            while self.stops.readable.recv(64):
+                pass
+        except BlockingIOError:
+            pass
+        self.reporter.tick()
+
+    def _checkpoint_written(self, message: CheckpointWritten) -> None:
+        self.reporter.checkpoint_written(message)
+
+    def _cached(self) -> tuple[dict[int, tuple[str, int]], dict[int, int]]:
+        """Shards of the catalog that the cache holds, whole and partial; other shards' files of
+        ours are deleted."""
+        contents = cache.scan(self.cache_dir)
+        by_key = {shard.key: shard.index for shard in self.shards}
+        complete: dict[int, tuple[str, int]] = {}
+        partial: dict[int, int] = {}
+        for key, entry in contents.complete.items():
+            if key in by_key:
+                complete[by_key[key]] = (str(entry.path), entry.size_bytes)
+            else:
+                evict_files(self.cache_dir, key)
+        for key, size_bytes in contents.partial.items():
+            if key in by_key and by_key[key] not in complete:
+                partial[by_key[key]] = size_bytes
+            else:
+                (self.cache_dir / cache.partial_name(key)).unlink(missing_ok=True)
+        return complete, partial
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────
+
+    def _outcome(self, done: ConsumerDone) -> Outcome:
+        """What the run has done, from its own counts and the processes' accounts."""
+        generation = self.reporter.generation
+        assert generation is not None
+        totals = generation.scheduler.totals()
+        usage = [
+            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        ]
+        state = generation.scheduler.state
+        summary = {
+            **done.summary,
+            "shards": totals.shards,
+            "bad_records": totals.bad_records,
+            "text_bytes": totals.text_bytes,
+            "fetched_shards": state.fetched_shards,
+            "evicted_shards": state.evicted_shards,
+            "restarts": self.reporter.restarts,
+            "wall_s": round(time.monotonic() - self.started, 3),
+            "cpu_s": round(sum(one.ru_utime + one.ru_stime for one in usage), 3),
+            "peak_disk_bytes": self.reporter.peak_disk_bytes,
+            "peak_rss_bytes": self.reporter.peak_rss_bytes,
+        }
+        code = ExitCode.OK if done.complete else ExitCode.RESUME
+        return Outcome(done.complete, int(code), summary)
