@@ -45,7 +45,7 @@ _STOP_WAIT_S = 600.0  # a consumer that was asked to stop gets this long for its
 _STDERR_BYTES = 1 << 16
 
 
-class ConsumerDied(Exception):
+class ConsumerDiedError(Exception):
     """The consumer's process ended without having finished."""
 
     def __init__(self, how: str) -> None:
@@ -123,7 +123,7 @@ class Generation:
             wakeup_fd: Readable when a signal has arrived.
 
         Raises:
-            ConsumerDied: the trainer or writer was cut off.
+            ConsumerDiedError: the trainer or writer was cut off.
             StoppedError: stop was asked for twice.
             FinewebError: the run cannot go on.
         """
@@ -135,6 +135,8 @@ class Generation:
                 self._carry_out(self.scheduler.start(complete, partial))
                 return self._until_done()
             except FinewebError as error:
+                notes = [c for c in self.scheduler.state.commands if isinstance(c, Note)]
+                self._carry_out(list(notes))  # what led to the error
                 if self.facts and not isinstance(error, StoppedError):
                     self._save_before(error)
                 raise
@@ -153,7 +155,7 @@ class Generation:
             return
         self.children[CONSUMER].channel.send(Stop(error.what))
         self._stopping_since = time.monotonic()
-        with suppress(ConsumerDied, FinewebError):  # the first error is the one to report
+        with suppress(ConsumerDiedError, FinewebError):  # the first error is the one to report
             self._until_done()
 
     # ── processes ───────────────────────────────────────────────────────────────────────────
@@ -234,7 +236,7 @@ class Generation:
             how = child.wait()
             self._forget(child)
             if child.name == CONSUMER:
-                raise ConsumerDied(how)
+                raise ConsumerDiedError(how)
             if not self._failed:
                 self._carry_out(self.scheduler.on_death(child.name, how, time.monotonic()))
 

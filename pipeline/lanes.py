@@ -26,7 +26,7 @@ def permutation(num_shards: int, seed: int, epoch: int) -> list[int]:
     """The shards of one epoch in shuffled order: sorted by a hash, so that no library's random
     generator decides what the stream is."""
     return sorted(
-        range(num_shards), key=lambda i: (xxhash.xxh3_64_intdigest(f"{seed}:{epoch}:{i}"), i)
+        range(num_shards), key=lambda i: (xxhash.xxh3_64_intdigest(b"%d:%d:%d" % (seed, epoch, i)), i)
     )
 
 

@@ -58,7 +58,7 @@ class Reporter:
     def __init__(self, job: Job, view: View, log: RunLog, lanes: int, started: float) -> None:
         self.job, self.view, self.log, self.started = job, view, log, started
         self.generation: Generation | None = None
-        self.restarts = 0  # of the consumer; the workers' are counted by the scheduler
+        self.earlier_restarts = 0  # of the consumer, and of workers of earlier generations
         self.peak_disk_bytes = 0
         self.peak_rss_bytes = 0
         self.metrics: dict[str, Any] = {}
@@ -70,6 +70,18 @@ class Reporter:
         self._total_steps = (
             job.config.training.hyperparameters.iters if job.kind == "train" else None
         )
+
+    def begin(self, generation: Generation) -> None:
+        """Another generation takes over."""
+        self.earlier_restarts = self.restarts
+        self.generation = generation
+
+    @property
+    def restarts(self) -> int:
+        """Processes that died and were started again, in this run."""
+        state = self._state()
+        workers = state.workers.values() if state else ()
+        return self.earlier_restarts + sum(worker.restarts for worker in workers)
 
     # ── what happens ────────────────────────────────────────────────────────────────────────
 
@@ -140,9 +152,6 @@ class Reporter:
         state, generation = self._state(), self.generation
         metrics = self.metrics
         ready = bool(generation and generation.facts)
-        restarts = self.restarts
-        if state is not None:
-            restarts += sum(worker.restarts for worker in state.workers.values())
         return Status(
             name=self.job.config.name,
             kind=self.job.kind,
@@ -155,7 +164,7 @@ class Reporter:
             ring_fill=self._ring_fill(state) if state else 0.0,
             disk=self.disk(),
             bad_records=generation.scheduler.filling.bad_records if generation else 0,
-            restarts=restarts,
+            restarts=self.restarts,
             limiting=self._verdict(),
             message="",
         )

@@ -21,7 +21,7 @@ import msgspec
 from pipeline import cache, catalog, checkpoints, encoding, identity, sizes
 from pipeline.config import Config, to_plain
 from pipeline.errors import ExitCode, WorkerCrashError
-from pipeline.generation import ConsumerDied, Generation, Hooks, Setup, evict_files
+from pipeline.generation import ConsumerDiedError, Generation, Hooks, Setup, evict_files
 from pipeline.lanes import LanePlan
 from pipeline.log import RunLog
 from pipeline.messages import (
@@ -168,7 +168,7 @@ class _Run:
             last = cursor
             try:
                 return self._generation(cursor, checkpoint, checkpoint_bytes)
-            except ConsumerDied as death:
+            except ConsumerDiedError as death:
                 deaths += 1
                 role = "trainer" if self.job.kind == "train" else "writer"
                 if deaths > _MAX_CONSUMER_DEATHS:
@@ -178,7 +178,7 @@ class _Run:
                         "see log.txt; the same command resumes from the last checkpoint",
                     ) from None
                 self.reporter.event("warning", f"{role}_died", how=death.how)
-                self.reporter.restarts += 1
+                self.reporter.earlier_restarts += 1
 
     def _resume_point(self) -> tuple[Cursor, str | None, int]:
         """Where the data stands, the checkpoint to restore, and the bytes of one checkpoint."""
@@ -226,7 +226,7 @@ class _Run:
                 checkpoint_bytes=self._checkpoint_bytes(size, kept),
                 checkpoints_kept=kept,
             )
-            self.reporter.generation = generation
+            self.reporter.begin(generation)
             return generation.run(*self._cached(), self.stops.readable.fileno())
         finally:
             os.close(text_fd)
