@@ -51,5 +51,6 @@ def refuse_too_small(
             f"the disk budget of {budget_bytes / 1e9:.3f} GB is too small: {lanes} lanes × "
             f"{floor / 1e9:.3f} GB (the largest shard) + {checkpoint_bytes / 1e9:.3f} GB of "
             f"checkpoints + {fixed_bytes / 1e9:.3f} GB of logs = {smallest / 1e9:.3f} GB",
-            f"give --max-disk {smallest / 1e9 + 0.0005:.3f} or more, fewer --lanes, or smaller shards",
+            f"give --max-disk {smallest / 1e9 + 0.0005:.3f} or more, fewer --lanes, or smaller "
+            "shards",
         )

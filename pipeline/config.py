@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import msgspec
 import yaml
@@ -166,3 +166,145 @@ class Config(Section):
     training: Training = Training()
     logging: Logging = Logging()
     system: System = System()
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────
+
+
+def load(path: str | None, overrides: dict[str, Any]) -> Config:
+    """Read, override and check a configuration.
+
+    Args:
+        path: YAML file, or the name of a configuration that comes with the program (demo);
+            None: defaults only.
+        overrides: Dotted keys and the values that options give them.
+
+    Raises:
+        ConfigError: names the key's path, and the nearest valid name of an unknown one.
+    """
+    plain: dict[str, Any] = {}
+    if path is not None:
+        plain = _read(_find(path))
+    for key, value in overrides.items():
+        *sections, last = key.split(".")
+        at = plain
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[last] = value
+    config = from_plain(plain)
+    validate(config)
+    return config
+
+
+def from_plain(plain: dict[str, Any]) -> Config:
+    """The configuration of plain data. Raises: ConfigError."""
+    _refuse_unknown(plain, Config, "")
+    try:
+        return msgspec.convert(plain, Config)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        raise ConfigError(f"{where.rstrip('`') or 'configuration'}: {what}", "correct it") from None
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The configuration as plain data, every default written out."""
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    return plain
+
+
+def _find(path: str) -> Path:
+    found = Path(path)
+    shipped = Path(__file__).parent.parent / "configs"
+    for candidate in (found, shipped / path, shipped / f"{path}.yaml", shipped / found.name):
+        if candidate.is_file():
+            return candidate
+    names = sorted(one.stem for one in shipped.glob("*.yaml"))
+    raise ConfigError(f"there is no configuration {path}", f"give a file, or one of {names}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}", "correct the line") from None
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} holds no configuration", "begin with `name: …`")
+    return plain
+
+
+def _refuse_unknown(plain: Any, section: type[msgspec.Struct], path: str) -> None:
+    """Find the first key that its section does not have."""
+    if not isinstance(plain, dict):
+        return  # a wrong type: msgspec says so
+    fields = {field.name: field.type for field in msgspec.structs.fields(section)}
+    for key, value in plain.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {path}{near[0]}?" if near else f"valid keys: {', '.join(fields)}"
+            raise ConfigError(f"{path}{key} is no key of the configuration", hint)
+        kind = fields[key]
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            _refuse_unknown(value, kind, f"{path}{key}.")
+
+
+def validate(config: Config) -> None:
+    """Refuse combinations that cannot be. Raises: ConfigError."""
+    for condition, key, what in _rules(config):
+        if not condition:
+            raise ConfigError(f"{key}: {what}", "correct the configuration or the option")
+
+
+def _rules(config: Config) -> list[tuple[bool, str, str]]:
+    """What must hold: (condition, key, what is wrong without it)."""
+    stream, hyper = config.data.stream, config.training.hyperparameters
+    dims, heads = config.model.dimensions, config.model.attention
+    schedule, log = config.training.scheduler, config.logging
+    kv_heads = heads.num_kv_heads or heads.num_heads
+    head_dim = heads.head_dim or dims.hidden_size // heads.num_heads
+    seq_len = config.data.preprocessing.max_context_size
+    auto = stream.workers == "auto"
+    positive = {
+        "data.preprocessing.max_context_size": seq_len,
+        "data.stream.lanes": stream.lanes,
+        "data.stream.slot_windows": stream.slot_windows,
+        "data.stream.max_disk_gb": stream.max_disk_gb,
+        "data.stream.timeout_s": stream.timeout_s,
+        "data.stream.fetchers": 1 if stream.fetchers is None else stream.fetchers,
+        "data.stream.decompressors": 1 if stream.decompressors is None else stream.decompressors,
+        "data.stream.workers": 1 if auto else stream.workers,
+        "data.stream.epochs": 1 if stream.epochs is None else stream.epochs,
+        "model.dimensions.hidden_size": dims.hidden_size,
+        "model.dimensions.intermediate_size": dims.intermediate_size,
+        "model.dimensions.num_layers": dims.num_layers,
+        "model.attention.num_heads": heads.num_heads,
+        "training.hyperparameters.iters": hyper.iters,
+        "training.hyperparameters.batch_size": hyper.batch_size,
+        "training.hyperparameters.gradient_accumulation_steps": hyper.gradient_accumulation_steps,
+        "training.hyperparameters.learning_rate": hyper.learning_rate,
+        "training.optimization.ns_steps": config.training.optimization.ns_steps,
+        "logging.steps.logging_interval": log.steps.logging_interval,
+        "logging.steps.checkpoint_interval": log.steps.checkpoint_interval,
+        "logging.keep_checkpoints": log.keep_checkpoints,
+    }
+    rules = [(value > 0, key, f"{value} is not positive") for key, value in positive.items()]  # type: ignore[operator]
+    rules += [
+        (stream.ring_slots >= 2, "data.stream.ring_slots", "a ring has at least 2 slots a lane"),
+        (stream.prefetch >= 0, "data.stream.prefetch", "it cannot be negative"),
+        (stream.block_bytes >= 4096, "data.stream.block_bytes", "a block holds 4096 bytes or more"),
+        (log.max_log_mb >= 0.1, "logging.max_log_mb", "logs need 0.1 MB"),
+        (hyper.gradient_clip >= 0, "training.hyperparameters.gradient_clip", "it is negative"),
+        (0 <= schedule.min_lr_ratio <= 1, "training.scheduler.min_lr_ratio", "it is not in [0, 1]"),
+        (schedule.warmup_steps >= 0, "training.scheduler.warmup_steps", "it is negative"),
+        (
+            heads.num_heads % kv_heads == 0,
+            "model.attention.num_kv_heads",
+            f"{heads.num_heads} heads cannot share {kv_heads} key-value heads evenly",
+        ),
+        (
+            heads.head_dim is not None or dims.hidden_size % heads.num_heads == 0,
+            "model.attention.num_heads",
+            f"{dims.hidden_size} is not a multiple of {heads.num_heads}; or give head_dim",
+        ),
+        (head_dim % 2 == 0, "model.attention.head_dim", f"RoPE needs an even one, not {head_dim}"),
+    ]
+    return rules

@@ -132,10 +132,10 @@ class Fetching:
                 return False  # what checkpoints need comes before anything fetched ahead
             want = file.reserved_bytes or on_disk.get(run.shard, 0) or self._first_grant(file)
             file.users.add((run.lane, run.sequence))
-            if not self._fits(file, want):
-                if depth > 0 or not self._make_room(file, want):
-                    file.users.discard((run.lane, run.sequence))
-                    return False
+            fits = self._fits(file, want) or (depth == 0 and self._make_room(file, want))
+            if not fits:
+                file.users.discard((run.lane, run.sequence))
+                return False
         else:
             file.users.add((run.lane, run.sequence))
         run.attached = True

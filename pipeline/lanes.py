@@ -25,9 +25,11 @@ class Turn(NamedTuple):
 def permutation(num_shards: int, seed: int, epoch: int) -> list[int]:
     """The shards of one epoch in shuffled order: sorted by a hash, so that no library's random
     generator decides what the stream is."""
-    return sorted(
-        range(num_shards), key=lambda i: (xxhash.xxh3_64_intdigest(b"%d:%d:%d" % (seed, epoch, i)), i)
-    )
+
+    def rank(shard: int) -> tuple[int, int]:
+        return xxhash.xxh3_64_intdigest(b"%d:%d:%d" % (seed, epoch, shard)), shard
+
+    return sorted(range(num_shards), key=rank)
 
 
 def deal(sizes_bytes: Sequence[int | None], order: Sequence[int], lanes: int) -> list[list[int]]:

@@ -166,7 +166,6 @@ class Reporter:
             bad_records=generation.scheduler.filling.bad_records if generation else 0,
             restarts=self.restarts,
             limiting=self._verdict(),
-            message="",
         )
 
     def _state(self) -> State | None:

@@ -1,0 +1,92 @@
+"""Where checkpoints lie and what a whole one is.
+
+Runs in: supervisor (finds the newest), trainer (writes them). Imports no mlx.
+
+    runs/<name>/checkpoints/step-00000042/            whole: it was renamed when it was durable
+        weights.safetensors  optimizer.safetensors  state.json
+    runs/<name>/checkpoints/step-00000043.partial/    being written, or left by a death: ignored
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import ShardError
+from pipeline.messages import Cursor
+
+FOLDER = "checkpoints"
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class CheckpointState(msgspec.Struct, frozen=True):
+    """What state.json holds beside the arrays."""
+
+    step: int  # updates done
+    tokens: int  # trained on so far
+    cursor: Cursor
+    random_key: list[int]
+    first_loss: float | None
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """A whole checkpoint."""
+
+    path: Path
+    size_bytes: int
+    state: CheckpointState
+
+    @property
+    def cursor(self) -> Cursor:
+        return self.state.cursor
+
+
+def name(step: int) -> str:
+    """Folder name of a checkpoint; they sort by step."""
+    return f"step-{step:08d}"
+
+
+def whole(run_dir: Path) -> list[Path]:
+    """Folders of all whole checkpoints, oldest first."""
+    folder = run_dir / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def latest(run_dir: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, or None.
+
+    Raises:
+        ShardError: its state.json cannot be read.
+    """
+    paths = whole(run_dir)
+    return read(paths[-1]) if paths else None
+
+
+def read(path: Path) -> Checkpoint:
+    """A whole checkpoint's state. Raises: ShardError."""
+    try:
+        data = (path / STATE_FILE).read_bytes()
+        state = msgspec.json.decode(data, type=CheckpointState)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ShardError(
+            f"{path} cannot be read: {error}",
+            "move that folder away: the run then resumes from the checkpoint before it",
+        ) from error
+    return Checkpoint(path, _bytes(path), state)
+
+
+def size_bytes(run_dir: Path) -> int:
+    """Bytes of everything in the checkpoints folder."""
+    return _bytes(run_dir / FOLDER)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

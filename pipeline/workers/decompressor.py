@@ -1,0 +1,161 @@
+"""Process: decompressor. Shard files in, text slots out, several shards at once.
+
+Each open shard is a stream that advances one block per FillBlock, so that a lane which has to
+wait holds up no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+
+import xxhash
+
+from pipeline import cache, encoding
+from pipeline.blocks import BlockData, blocks
+from pipeline.channel import Channel
+from pipeline.child import Descriptors
+from pipeline.codecs import open_documents
+from pipeline.errors import ShardError
+from pipeline.faults import faultpoint
+from pipeline.messages import (
+    BlockFilled,
+    CloseShard,
+    DecompressorSetup,
+    FillBlock,
+    OpenShard,
+    ShardEnded,
+    ShardUnreadable,
+)
+from shm import segment, text
+
+
+class _Stream:
+    """One open shard: its blocks from the first that is wanted."""
+
+    def __init__(self, message: OpenShard, setup: DecompressorSetup) -> None:
+        self.path = message.path
+        self.next_block = 0
+        self._skip = message.skip_blocks
+        self._blocks: Generator[BlockData, None, None] = _blocks(message, setup)
+
+    def advance(self) -> BlockData | None:
+        """The next block, passing over those that were handed over before."""
+        while self.next_block < self._skip:
+            if next(self._blocks, None) is None:
+                return None
+            self.next_block += 1
+        return next(self._blocks, None)
+
+    def close(self) -> None:
+        """Close the file now: one that is deleted while it is open keeps its bytes."""
+        self._blocks.close()
+
+
+def _blocks(message: OpenShard, setup: DecompressorSetup) -> Generator[BlockData, None, None]:
+    documents = open_documents(message.path, message.name, setup.text_field)
+    try:
+        yield from blocks(
+            documents,
+            block_bytes=setup.text.text_bytes,
+            max_documents=setup.text.documents,
+            cut=encoding.safe_cut(setup.encoding),
+        )
+    finally:
+        documents.close()  # type: ignore[attr-defined]
+
+
+class Decompressor:
+    """Serves OpenShard, FillBlock and CloseShard in the order in which they come.
+
+    Args:
+        channel: To the supervisor.
+        setup: First message.
+        descriptors: Of the text segment.
+    """
+
+    def __init__(
+        self, channel: Channel, setup: DecompressorSetup, descriptors: Descriptors
+    ) -> None:
+        self._channel, self._setup = channel, setup
+        memory = segment.attach(descriptors.text, text.size_bytes(setup.text), writable=True)
+        self._slots = text.TextSlots(memory, setup.text)
+        self._streams: dict[int, _Stream] = {}
+
+    def run(self) -> None:
+        """Serve until the supervisor hangs up."""
+        while True:
+            message = self._channel.receive()
+            match message:
+                case OpenShard():
+                    self._streams[message.stream] = _Stream(message, self._setup)
+                case FillBlock():
+                    self._fill(message)
+                case CloseShard():
+                    self._streams.pop(message.stream).close()
+                case _:
+                    raise TypeError(f"the decompressor got {message!r}")
+
+    def _fill(self, message: FillBlock) -> None:
+        stream = self._streams[message.stream]
+        try:
+            block = stream.advance()
+        except ShardError as error:
+            self._streams.pop(message.stream).close()
+            self._channel.send(
+                ShardUnreadable(
+                    stream=message.stream,
+                    slot=message.slot,
+                    block=stream.next_block,
+                    what=error.what,
+                    remedy=error.remedy,
+                    cache_damaged=_differs_from_fetched(Path(stream.path)),
+                )
+            )
+            return
+        if block is None or not block.documents:
+            self._streams.pop(message.stream).close()
+            left = block or BlockData()
+            self._channel.send(
+                ShardEnded(
+                    stream=message.stream,
+                    slot=message.slot,
+                    num_blocks=stream.next_block,
+                    num_bad=left.num_bad,
+                    bad=tuple(left.bad),
+                )
+            )
+            return
+        faultpoint("decompressor:mid_block")
+        text_bytes = self._slots.write(message.slot, block.documents, continues=block.continues)
+        self._channel.send(
+            BlockFilled(
+                stream=message.stream,
+                block=stream.next_block,
+                slot=message.slot,
+                documents=block.begins,
+                text_bytes=text_bytes,
+                num_bad=block.num_bad,
+                bad=tuple(block.bad),
+            )
+        )
+        stream.next_block += 1
+
+
+def _differs_from_fetched(path: Path) -> bool:
+    """Whether a file of the cache is not what was fetched; a user's own file never is."""
+    entry = cache.parse(path.name)
+    if entry is None or entry.digest is None:
+        return False
+    with path.open("rb") as file:
+        digest = xxhash.xxh3_64()
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest() != entry.digest
+
+
+def main(channel: Channel, descriptors: Descriptors) -> None:
+    """Run one decompressor."""
+    setup = channel.receive()
+    assert isinstance(setup, DecompressorSetup)
+    Decompressor(channel, setup, descriptors).run()

@@ -1,0 +1,202 @@
+"""Process: fetcher. One shard at a time from its source into the cache.
+
+Not one byte is written beyond what the supervisor has set aside. A fetch that was cut off goes on
+where its partial file ends, if the source still has the same version.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from pipeline import cache
+from pipeline.channel import Channel
+from pipeline.child import Descriptors
+from pipeline.errors import SourceError
+from pipeline.faults import faultpoint
+from pipeline.messages import (
+    Fetch,
+    FetcherSetup,
+    FetchFailed,
+    FetchProgress,
+    Grant,
+    ReserveMore,
+    ShardFetched,
+)
+from pipeline.sources import CHUNK_BYTES, ChangedError, Source, TransientError, open_source
+
+_PROGRESS_S = 0.25
+_FIRST_WAIT_S = 0.2
+_MAX_WAIT_S = 60.0
+_MAX_CHANGES = 3  # a shard that changes under us this often is being written
+
+
+class Fetcher:
+    """Fetches shards into one folder.
+
+    Args:
+        channel: To the supervisor.
+        setup: First message.
+    """
+
+    def __init__(self, channel: Channel, setup: FetcherSetup) -> None:
+        self._channel = channel
+        self._folder = Path(setup.cache_dir)
+        self._options: dict[str, Any] = setup.source_options
+        self._reported = 0.0
+        self._refetched = 0
+
+    def run(self) -> None:
+        """Serve until the supervisor hangs up."""
+        while True:
+            message = self._channel.receive()
+            if not isinstance(message, Fetch):
+                raise TypeError(f"the fetcher got {message!r}")
+            try:
+                self._channel.send(self._fetch(message))
+            except SourceError as error:
+                self._channel.send(FetchFailed(message.shard, error.what, error.remedy))
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                what = f"the disk of {self._folder} is full: {error.strerror}"
+                remedy = "fetching waits; free some space or lower --max-disk"
+                self._channel.send(FetchFailed(message.shard, what, remedy, disk_full=True))
+
+    def _fetch(self, fetch: Fetch) -> ShardFetched:
+        """Bring one shard in; what it raises is final."""
+        whole = self._already_whole(fetch)
+        if whole is not None:
+            return whole
+        self._refetched = 0
+        path = self._folder / cache.partial_name(fetch.key)
+        attempts, changes, wait_s = 0, 0, _FIRST_WAIT_S
+        with path.open("a+b") as file:
+            body = _Body(self._channel, fetch, file)
+            source = open_source(fetch.url, self._options)
+            while True:
+                before = body.have
+                try:
+                    self._read(source, fetch, body)
+                    break
+                except ChangedError as error:
+                    changes += 1
+                    if changes >= _MAX_CHANGES:
+                        raise SourceError(
+                            f"{error}: it is not what the catalog found at the start",
+                            "start again, when nobody writes to it any more",
+                        ) from None
+                    self._refetched += body.start_over()
+                except TransientError as error:
+                    if body.have > before:  # progress: the next failure is a first one again
+                        attempts, wait_s = 0, _FIRST_WAIT_S
+                    attempts += 1
+                    if attempts > int(self._options["max_retries"]):
+                        raise SourceError(
+                            f"{error} ({attempts} attempts without progress)",
+                            "check the network and the server; the same command resumes",
+                        ) from None
+                    pause = error.retry_after_s or wait_s * random.uniform(0.5, 1)
+                    time.sleep(min(pause, _MAX_WAIT_S))
+                    wait_s = min(wait_s * 2, _MAX_WAIT_S)
+            return self._finish(fetch, body, path)
+
+    def _read(self, source: Source, fetch: Fetch, body: _Body) -> None:
+        """One attempt: from the end of the partial file to the end of the shard."""
+        if fetch.size_bytes is not None and body.have == fetch.size_bytes:
+            return
+        chunks = source.read(body.have, fetch.version)
+        if chunks.start != body.have:
+            self._refetched += body.start_over()
+        for chunk in chunks.data:
+            faultpoint("fetcher:mid_write")
+            body.write(chunk)
+            now = time.monotonic()
+            if now - self._reported >= _PROGRESS_S:
+                self._reported = now
+                self._channel.send(FetchProgress(fetch.shard, body.have))
+        if fetch.size_bytes is not None and body.have < fetch.size_bytes:
+            raise TransientError(f"{fetch.name}: its body ended after {body.have} bytes")
+
+    def _finish(self, fetch: Fetch, body: _Body, path: Path) -> ShardFetched:
+        """Make the file durable and give it its name, which says what its bytes must be."""
+        body.file.flush()
+        os.fsync(body.file.fileno())
+        name = cache.file_name(fetch.key, body.have, body.digest.hexdigest())
+        faultpoint("fetcher:before_rename")
+        path.rename(self._folder / name)
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        faultpoint("fetcher:after_rename")
+        return ShardFetched(fetch.shard, name, body.have, self._refetched)
+
+    def _already_whole(self, fetch: Fetch) -> ShardFetched | None:
+        """An earlier fetcher may have died between its rename and its message."""
+        for path in self._folder.glob(f"{fetch.key}.*.shard"):
+            entry = cache.parse(path.name)
+            if entry is not None and entry.size_bytes == path.stat().st_size:
+                return ShardFetched(fetch.shard, path.name, entry.size_bytes)
+        return None
+
+
+class _Body:
+    """The partial file: what it has, its digest, and how far it may grow."""
+
+    def __init__(self, channel: Channel, fetch: Fetch, file: BinaryIO) -> None:
+        self._channel, self._fetch, self.file = channel, fetch, file
+        self._limit = fetch.limit_bytes
+        self.digest = xxhash.xxh3_64()
+        self.have = 0
+        file.seek(0)
+        while data := file.read(CHUNK_BYTES):  # what an earlier fetcher has left
+            self.digest.update(data)
+            self.have += len(data)
+
+    def start_over(self) -> int:
+        """Throw away what there is; returns how much that was."""
+        lost, self.have = self.have, 0
+        self.file.seek(0)
+        self.file.truncate()
+        self.digest.reset()
+        return lost
+
+    def write(self, chunk: bytes) -> None:
+        """Append, waiting for a larger grant where the reservation is used up."""
+        size = self._fetch.size_bytes
+        if size is not None and self.have + len(chunk) > size:
+            raise ChangedError(f"{self._fetch.name} is longer than {size} bytes")
+        view = memoryview(chunk)
+        while view:
+            room = self._limit - self.have
+            if room <= 0:
+                self._ask_for_more()
+                continue
+            piece = view[:room]
+            self.file.write(piece)
+            self.file.flush()
+            self.digest.update(piece)
+            self.have += len(piece)
+            view = view[len(piece) :]
+
+    def _ask_for_more(self) -> None:
+        self._channel.send(ReserveMore(self._fetch.shard, self.have))
+        answer = self._channel.receive()
+        if not isinstance(answer, Grant):
+            raise TypeError(f"the fetcher got {answer!r} instead of a grant")
+        self._limit = answer.limit_bytes
+
+
+def main(channel: Channel, descriptors: Descriptors) -> None:
+    """Run one fetcher."""
+    setup = channel.receive()
+    assert isinstance(setup, FetcherSetup)
+    Fetcher(channel, setup).run()
