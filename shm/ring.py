@@ -44,7 +44,7 @@ class Ring:
     def __init__(self, memory: mmap.mmap | bytearray, shape: Layout) -> None:
         self.shape = shape
         stride = layout.ring_slot_stride(shape.slot_tokens, shape.token_bytes)
-        self.dtype = np.dtype(np.uint16 if shape.token_bytes == 2 else np.uint32)  # noqa: PLR2004
+        self.dtype = np.dtype(np.uint16 if shape.token_bytes == 2 else np.uint32)
         # frombuffer keeps the mapping alive under every view; ndarray(buffer=…) would not.
         flat = np.frombuffer(memory, dtype=self.dtype)
         self._slots = flat.reshape(shape.lanes, shape.slots, stride // shape.token_bytes)

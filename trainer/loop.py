@@ -1,0 +1,197 @@
+"""Updates: micro-steps that accumulate, one update that applies, metrics read one update late.
+
+Runs in: trainer. Weights and optimizer state are float32; the forward and backward passes are in
+bfloat16 on GPUs and float32 on the CPU. Both compiled steps are pure functions of trees, so a
+restored state needs no care about what a compiled function has captured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from pipeline.config import Config
+from pipeline.errors import FinewebError
+from trainer import model as llama
+from trainer import optim, schedule
+from trainer.model import Llama
+from trainer.optim import Arrays, State
+
+MAX_SKIPPED = 8  # updates in a row that may be skipped for a loss or gradient that is not finite
+
+
+class Report(NamedTuple):
+    """Metrics of one update, still on the device."""
+
+    step: int
+    arrays: dict[str, mx.array]
+    facts: dict[str, Any]
+
+
+class Loop:
+    """Weights, optimizer state and the two compiled steps.
+
+    Args:
+        config: The run's configuration.
+        vocab_size: Of the tokenizer.
+        dtype: To compute in.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, dtype: mx.Dtype) -> None:
+        self.config, self.dtype = config, dtype
+        self.hyper = config.training.hyperparameters
+        self.model = Llama(config.model, vocab_size)
+        mx.random.seed(config.system.seed)
+        llama.initialize(self.model, config.model)
+        self.weights: Arrays = dict(tree_flatten(self.model.parameters()))
+        self.state: State = optim.init(self.weights, config.training.optimization)
+        self.step = 0  # updates done
+        self.tokens = 0  # trained on
+        self.first_loss: float | None = None
+        self._zeros: Arrays = {name: mx.zeros_like(w) for name, w in self.weights.items()}
+        mx.eval(self.weights, self.state, self._zeros)
+        T = config.data.preprocessing.max_context_size
+        self.batch_tokens = self.hyper.batch_size * T
+        self.update_tokens = self.batch_tokens * self.hyper.gradient_accumulation_steps
+        self._micro = mx.compile(self._micro_step)
+        self._apply = mx.compile(self._apply_step)
+        self._ready: Report | None = None  # the update before the newest one
+        self._pending: Report | None = None  # the newest one
+        self._skipped_in_a_row = self.skipped = 0
+        self._finished_at = time.perf_counter()
+
+    # ── the two steps, pure ─────────────────────────────────────────────────────────────────
+
+    def _loss(self, weights: Arrays, rows_BT1: mx.array) -> mx.array:
+        """Mean cross-entropy of the whole update's share of this batch."""
+        self.model.update(tree_unflatten(list(llama.as_dtype(weights, self.dtype).items())))
+        return llama.loss_sum(self.model, rows_BT1, self.dtype) / self.update_tokens
+
+    def _micro_step(
+        self, weights: Arrays, accumulated: Arrays, loss: mx.array, rows: list[mx.array]
+    ) -> tuple[Arrays, mx.array]:
+        """Add the gradient and loss of one batch, given as B windows of shape (T + 1,)."""
+        one, gradients = mx.value_and_grad(self._loss)(weights, mx.stack(rows))
+        return {name: accumulated[name] + gradients[name] for name in accumulated}, loss + one
+
+    def _apply_step(
+        self, weights: Arrays, state: State, gradients: Arrays, loss: mx.array, rate: mx.array
+    ) -> tuple[Arrays, State, dict[str, mx.array]]:
+        """Clip and update; where loss or gradient is not finite, everything stays as it was."""
+        norm = optim.global_norm(gradients)
+        finite = mx.isfinite(norm) & mx.isfinite(loss)
+        clip = self.hyper.gradient_clip
+        factor = mx.minimum(1.0, clip / (norm + 1e-6)) if clip else mx.array(1.0)
+        clipped = {name: g * factor for name, g in gradients.items()}
+        new, new_state = optim.apply(
+            weights, clipped, state, rate, self.config.training.optimization, self.hyper, self.dtype
+        )
+        keep = partial(mx.where, finite)
+        weights = {name: keep(new[name], weights[name]) for name in weights}
+        kept = {
+            part: {name: keep(new_state[part][name], array) for name, array in arrays.items()}
+            for part, arrays in state.items()
+        }
+        metrics = {"loss": loss, "grad_norm": norm, "finite": finite}
+        return weights, kept, metrics
+
+    # ── one update ──────────────────────────────────────────────────────────────────────────
+
+    def update(
+        self, next_batch: Callable[[], list[mx.array] | None], facts: Callable[[], dict[str, Any]]
+    ) -> bool:
+        """One update.
+
+        Args:
+            next_batch: B windows, or None at the end of the stream.
+            facts: Host-side metrics of the batches that were taken.
+
+        Returns:
+            False if the stream ended first: nothing has changed.
+        """
+        accumulated, loss = self._zeros, mx.array(0.0)
+        for _ in range(self.hyper.gradient_accumulation_steps):
+            rows = next_batch()
+            if rows is None:
+                return False
+            accumulated, loss = self._micro(self.weights, accumulated, loss, rows)
+            mx.async_eval(accumulated, loss)
+        total = self.hyper.iters
+        factor = schedule.multiplier(self.config.training.scheduler, self.step, total)
+        self.weights, self.state, arrays = self._apply(
+            self.weights, self.state, accumulated, loss, mx.array(factor)
+        )
+        mx.async_eval(self.weights, self.state, arrays)
+        self.step += 1
+        self.tokens += self.update_tokens
+        self._read_late(
+            Report(
+                self.step,
+                arrays,
+                {"lr": self.hyper.learning_rate * factor, "total_tokens": self.tokens, **facts()},
+            )
+        )
+        return True
+
+    # ── metrics ─────────────────────────────────────────────────────────────────────────────
+
+    def _read_late(self, report: Report | None) -> None:
+        """Keep this update's metrics on the device and take in those of the one before."""
+        self._ready, self._pending = self._pending, report
+
+    def metrics(self, *, flush: bool = False) -> list[dict[str, Any]]:
+        """Metrics of the updates that are finished; with flush of the newest one, too.
+
+        Raises:
+            FinewebError: too many updates in a row were not finite.
+        """
+        reports = [self._ready] if flush is False else [self._ready, self._pending]
+        self._ready = None
+        if flush:
+            self._pending = None
+        return [self._metrics(report) for report in reports if report is not None]
+
+    def pause(self, seconds: float) -> None:
+        """Time that was spent on something else does not count as an update's."""
+        self._finished_at += seconds
+
+    def _metrics(self, report: Report) -> dict[str, Any]:
+        values = {name: array.item() for name, array in report.arrays.items()}
+        now = time.perf_counter()
+        step_s, self._finished_at = now - self._finished_at, now
+        loss = float(values["loss"])
+        if self.first_loss is None:
+            self.first_loss = loss
+        self._count_skipped(report.step, bool(values["finite"]), loss)
+        wait_s = report.facts.pop("wait_s")
+        return {
+            "step": report.step,
+            "loss": loss,
+            "ppl": float(np.exp(min(loss, 700.0))),
+            "tokens_per_s": self.update_tokens / step_s,
+            "step_s": step_s,
+            "data_wait_share": min(1.0, wait_s / step_s),
+            "grad_norm": float(values["grad_norm"]),
+            "skipped_updates": self.skipped,
+            "memory_active_bytes": mx.get_active_memory(),
+            "memory_cache_bytes": mx.get_cache_memory(),
+            "memory_peak_bytes": mx.get_peak_memory(),
+            **report.facts,
+        }
+
+    def _count_skipped(self, step: int, finite: bool, loss: float) -> None:
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        self.skipped += not finite
+        if self._skipped_in_a_row >= MAX_SKIPPED:
+            raise FinewebError(
+                f"{MAX_SKIPPED} updates in a row, the last one {step}, had a loss ({loss}) or "
+                "gradient that is not finite",
+                "lower the learning rate or lengthen the warm-up, and resume from the last "
+                "checkpoint",
+            )

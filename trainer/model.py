@@ -1,0 +1,189 @@
+"""Llama: pre-norm transformer with rotary positions, grouped queries and a gated MLP.
+
+Runs in: trainer. Shapes: B sequences, T tokens, D hidden, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_map_with_path
+
+from pipeline.config import Model
+
+Cache = list[tuple[mx.array, mx.array] | None]
+_INIT_STD = 0.02
+
+
+def shape_of(config: Model) -> tuple[int, int, int]:
+    """Heads, key-value heads and head dimension, defaults filled in."""
+    heads = config.attention.num_heads
+    kv_heads = config.attention.num_kv_heads or heads
+    return heads, kv_heads, config.attention.head_dim or config.dimensions.hidden_size // heads
+
+
+def matmul_parameters(config: Model, vocab_size: int) -> int:
+    """Weights that every token is multiplied with: all but the norms and an untied embedding."""
+    heads, kv_heads, head_dim = shape_of(config)
+    dims = config.dimensions
+    attention = 2 * dims.hidden_size * head_dim * (heads + kv_heads)
+    mlp = 3 * dims.hidden_size * dims.intermediate_size
+    return dims.num_layers * (attention + mlp) + vocab_size * dims.hidden_size
+
+
+def num_parameters(config: Model, vocab_size: int) -> int:
+    """All weights: the true size of the model."""
+    heads, kv_heads, head_dim = shape_of(config)
+    dims, misc = config.dimensions, config.misc
+    total = matmul_parameters(config, vocab_size) + dims.hidden_size * (2 * dims.num_layers + 1)
+    if not misc.tie_word_embeddings:
+        total += vocab_size * dims.hidden_size
+    if misc.attention_bias:
+        total += dims.num_layers * (head_dim * (heads + 2 * kv_heads) + dims.hidden_size)
+    if misc.mlp_bias:
+        total += dims.num_layers * (2 * dims.intermediate_size + dims.hidden_size)
+    return total
+
+
+def flops_per_token(config: Model, vocab_size: int, seq_len: int) -> int:
+    """Training FLOPs per token by PaLM's count: 6 per weight, 12·L·H·d·T for attention.
+
+    Source: PaLM, appendix B.
+    """
+    heads, _, head_dim = shape_of(config)
+    attention = 12 * config.dimensions.num_layers * heads * head_dim * seq_len
+    return 6 * matmul_parameters(config, vocab_size) + attention
+
+
+class Attention(nn.Module):
+    """Causal attention; several query heads share a key-value head."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = shape_of(config)
+        D, bias = config.dimensions.hidden_size, config.misc.attention_bias
+        self.q_proj = nn.Linear(D, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(D, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(D, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, D, bias=bias)
+        self.rope = nn.RoPE(
+            self.head_dim, traditional=config.rope.traditional, base=config.rope.theta
+        )
+
+    def __call__(
+        self, x: mx.array, past: tuple[mx.array, mx.array] | None = None
+    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, self.heads, self.head_dim).transpose(0, 2, 1, 3)
+        k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        v = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        offset = past[0].shape[2] if past is not None else 0
+        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        if past is not None:
+            k = mx.concatenate([past[0], k], axis=2)
+            v = mx.concatenate([past[1], v], axis=2)
+        out = mx.fast.scaled_dot_product_attention(
+            q, k, v, scale=self.head_dim**-0.5, mask="causal" if T > 1 else None
+        )
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, T, -1)), (k, v)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        D, F = config.dimensions.hidden_size, config.dimensions.intermediate_size
+        self.gate_proj = nn.Linear(D, F, bias=config.misc.mlp_bias)
+        self.up_proj = nn.Linear(D, F, bias=config.misc.mlp_bias)
+        self.down_proj = nn.Linear(F, D, bias=config.misc.mlp_bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        D, eps = config.dimensions.hidden_size, config.normalization.rms_norm_eps
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(D, eps)
+        self.post_attention_layernorm = nn.RMSNorm(D, eps)
+
+    def __call__(
+        self, x: mx.array, past: tuple[mx.array, mx.array] | None = None
+    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        attended, kept = self.self_attn(self.input_layernorm(x), past)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kept
+
+
+class Llama(nn.Module):
+    """The whole model; parameter names are those of Hugging Face's Llama below `model.`."""
+
+    def __init__(self, config: Model, vocab_size: int) -> None:
+        super().__init__()
+        D = config.dimensions.hidden_size
+        self.embed_tokens = nn.Embedding(vocab_size, D)
+        self.layers = [Layer(config) for _ in range(config.dimensions.num_layers)]
+        self.norm = nn.RMSNorm(D, config.normalization.rms_norm_eps)
+        if not config.misc.tie_word_embeddings:
+            self.lm_head = nn.Linear(D, vocab_size, bias=False)
+
+    def __call__(self, tokens_BT: mx.array) -> mx.array:
+        """Logits, shape (B, T, V)."""
+        return self.step(tokens_BT, [None] * len(self.layers))[0]
+
+    def step(self, tokens_BT: mx.array, cache: Cache) -> tuple[mx.array, Cache]:
+        """Logits of tokens that follow the cached ones, and the cache behind them."""
+        x = self.embed_tokens(tokens_BT)
+        kept: Cache = []
+        for layer, past in zip(self.layers, cache, strict=True):
+            x, keep = layer(x, past)
+            kept.append(keep)
+        x = self.norm(x)
+        head = self.embed_tokens.as_linear if "lm_head" not in self else self.lm_head
+        return head(x), kept
+
+
+def initialize(model: Llama, config: Model) -> None:
+    """Draw all weights from mx.random: N(0, 0.02); what writes into the residual stream is
+    scaled by 1/sqrt(2 × layers); norms 1, biases 0.
+
+    Source: GPT-2, section 2.3.
+    """
+    scale = (2 * config.dimensions.num_layers) ** -0.5
+
+    def draw(path: str, array: mx.array) -> mx.array:
+        if path.endswith("bias"):
+            return mx.zeros_like(array)
+        if array.ndim == 1:
+            return mx.ones_like(array)
+        writes = path.endswith(("o_proj.weight", "down_proj.weight"))
+        return mx.random.normal(array.shape) * (_INIT_STD * (scale if writes else 1.0))
+
+    model.update(tree_map_with_path(draw, model.parameters()))
+
+
+def loss_sum(model: Llama, rows_BT1: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Sum of the cross-entropies of all targets, in nats, float32.
+
+    Args:
+        model: With its weights in the dtype to compute in.
+        rows_BT1: Windows, shape (B, T + 1): T inputs and their shifted targets.
+        dtype: Of the logits; float32 is summed as it is, smaller ones by the fused kernel.
+    """
+    logits = model(rows_BT1[:, :-1])
+    if dtype == mx.float32:
+        logits = logits.astype(mx.float32)
+    return mx.fast.cross_entropy(logits, rows_BT1[:, 1:]).astype(mx.float32).sum()
+
+
+def as_dtype(tree: Any, dtype: mx.Dtype) -> Any:
+    """All arrays of a tree in another dtype."""
+    return tree_map_with_path(lambda _, array: array.astype(dtype), tree)
