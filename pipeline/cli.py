@@ -193,8 +193,17 @@ def start(
     "--epochs", type=click.IntRange(1), metavar="N", help="Passes over the shards.  [default: 1]"
 )
 @_stream_options
-def tokenize(out: str, config_path: str | None, limit_tokens: int | None, file_tokens: int,
-             fresh: bool, yes: bool, as_json: bool, plain: bool, **options: Any) -> None:  # fmt: skip
+def tokenize(
+    out: str,
+    config_path: str | None,
+    limit_tokens: int | None,
+    file_tokens: int,
+    fresh: bool,
+    yes: bool,
+    as_json: bool,
+    plain: bool,
+    **options: Any,
+) -> None:
     """Tokenize shards into files of llm.c's format, in order.
 
     Every document is preceded by the end-of-text token. Files hold a header of 256 int32 and

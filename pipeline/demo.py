@@ -25,7 +25,7 @@ from typing import Any
 
 import webdataset
 
-_NUM_SHARDS = 64
+_NUM_SHARDS = 96
 _MAX_SOURCE_BYTES = 30_000  # longer modules become several documents
 _START_S = 20.0
 

@@ -30,6 +30,7 @@ class Report(NamedTuple):
     """Metrics of one update, still on the device."""
 
     step: int
+    seconds: float  # since the update before was launched
     arrays: dict[str, mx.array]
     facts: dict[str, Any]
 
@@ -64,7 +65,7 @@ class Loop:
         self._ready: Report | None = None  # the update before the newest one
         self._pending: Report | None = None  # the newest one
         self._skipped_in_a_row = self.skipped = 0
-        self._finished_at = time.perf_counter()
+        self._launched_at = time.perf_counter()
 
     # ── the two steps, pure ─────────────────────────────────────────────────────────────────
 
@@ -130,20 +131,15 @@ class Loop:
         mx.async_eval(self.weights, self.state, arrays)
         self.step += 1
         self.tokens += self.update_tokens
-        self._read_late(
-            Report(
-                self.step,
-                arrays,
-                {"lr": self.hyper.learning_rate * factor, "total_tokens": self.tokens, **facts()},
-            )
-        )
+        now = time.perf_counter()
+        seconds, self._launched_at = now - self._launched_at, now
+        rate = {"lr": self.hyper.learning_rate * factor, "total_tokens": self.tokens}
+        # this update's metrics stay on the device; those of the one before can be read
+        report = Report(self.step, seconds, arrays, {**rate, **facts()})
+        self._ready, self._pending = self._pending, report
         return True
 
     # ── metrics ─────────────────────────────────────────────────────────────────────────────
-
-    def _read_late(self, report: Report | None) -> None:
-        """Keep this update's metrics on the device and take in those of the one before."""
-        self._ready, self._pending = self._pending, report
 
     def metrics(self, *, flush: bool = False) -> list[dict[str, Any]]:
         """Metrics of the updates that are finished; with flush of the newest one, too.
@@ -159,12 +155,11 @@ class Loop:
 
     def pause(self, seconds: float) -> None:
         """Time that was spent on something else does not count as an update's."""
-        self._finished_at += seconds
+        self._launched_at += seconds
 
     def _metrics(self, report: Report) -> dict[str, Any]:
         values = {name: array.item() for name, array in report.arrays.items()}
-        now = time.perf_counter()
-        step_s, self._finished_at = now - self._finished_at, now
+        step_s = report.seconds
         loss = float(values["loss"])
         if self.first_loss is None:
             self.first_loss = loss
