@@ -166,7 +166,7 @@ class _Http:
         status = response.status
         if status in (_OK, _PARTIAL):
             return
-        response.release_conn()
+        response.close()
         if status == _FAILED_PRECONDITION:
             raise ChangedError(f"{self._name} is another version now")
         if status in _RETRY_STATUS:
@@ -181,11 +181,14 @@ class _Http:
     def stat(self) -> Stat:
         response = self._request("HEAD", {})
         if response.status in (_FORBIDDEN, 405, 501):  # no HEAD here, or a URL signed for GET
-            response.release_conn()
+            response.close()
             response = self._request("GET", {})
         self._refuse(response)
         stat = Stat(_length(response), _version(response))
-        response.drain_conn() if response.length_remaining == 0 else response.close()
+        if response.length_remaining == 0:
+            response.drain_conn()  # nothing is left: the connection can serve the next request
+        else:
+            response.close()
         return stat
 
     def read(self, start: int, version: str) -> Chunks:
@@ -194,7 +197,7 @@ class _Http:
             headers["If-Match"] = version
         response = self._request("GET", headers)
         if response.status == _RANGE:
-            response.release_conn()
+            response.close()
             raise ChangedError(f"{self._name} is shorter than the {start} bytes that were fetched")
         self._refuse(response)
         if version and _version(response) != version:

@@ -1,0 +1,176 @@
+"""Real servers on the loopback address: HTTP that can misbehave on purpose, and S3."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Behaviour:
+    """What a server does to a request: set by the test, read by the handler.
+
+    Each entry is by file name; `*` is for all.
+    """
+
+    no_length: set[str] = field(default_factory=set)  # chunked, without Content-Length
+    no_ranges: bool = False
+    no_head: bool = False
+    cut_after: dict[str, int] = field(default_factory=dict)  # bytes of each answer
+    status: dict[str, list[int]] = field(default_factory=dict)  # answered first, one by one
+    retry_after: str | None = None
+    etag: dict[str, str] = field(default_factory=dict)
+    bytes_per_s: float | None = None
+    redirect: dict[str, str] = field(default_factory=dict)
+    requests: Counter[str] = field(default_factory=Counter)  # GETs by file name
+    sent: Counter[str] = field(default_factory=Counter)  # body bytes by file name
+    queries: list[str] = field(default_factory=list)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    root: Path
+    behaviour: Behaviour
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        if self.behaviour.no_head:
+            self._refuse(405)
+        else:
+            self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _refuse(self, status: int, **headers: str) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _answer(self, *, body: bool) -> None:
+        how = self.behaviour
+        path, _, query = self.path.partition("?")
+        name = path.rsplit("/", 1)[-1]
+        how.queries.append(query)
+        if body:
+            how.requests[name] += 1
+        if statuses := how.status.get(name):
+            extra = {"Retry_After": how.retry_after} if how.retry_after else {}
+            self._refuse(statuses.pop(0), **extra)
+            return
+        if name in how.redirect:
+            self._refuse(302, Location=how.redirect[name])
+            return
+        file = self.root / name
+        if not file.is_file():
+            self._refuse(404)
+            return
+        data = file.read_bytes()
+        etag = how.etag.get(name, f'"{len(data)}-{hash(data) & 0xFFFF}"')
+        if self.headers.get("If-Match", etag) != etag:
+            self._refuse(412)
+            return
+        start = 0
+        wanted = self.headers.get("Range", "")
+        if wanted.startswith("bytes=") and not how.no_ranges:
+            start = int(wanted[6:].rstrip("-"))
+        self._send(name, data, start, etag, body)
+
+    def _send(self, name: str, data: bytes, start: int, etag: str, body: bool) -> None:
+        how = self.behaviour
+        chunked = name in how.no_length or "*" in how.no_length
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", etag)
+        if chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        if not body:
+            if chunked:
+                self.close_connection = True
+            return
+        limit = how.cut_after.get(name)
+        rest = data[start:] if limit is None else data[start : start + limit]
+        for at in range(0, len(rest), 1 << 14):
+            piece = rest[at : at + (1 << 14)]
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+            how.sent[name] += len(piece)
+            if how.bytes_per_s:
+                time.sleep(len(piece) / how.bytes_per_s)
+        if limit is not None and start + limit < len(data):
+            self.close_connection = True
+            self.wfile.flush()
+            self.connection.shutdown(2)
+        elif chunked:
+            self.wfile.write(b"0\r\n\r\n")
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is what the tests are about."""
+
+
+@contextmanager
+def http_server(root: Path, behaviour: Behaviour | None = None) -> Iterator[str]:
+    """Serve a folder; yields its URL."""
+    how = behaviour or Behaviour()
+    handler = type("Handler", (_Handler,), {"root": root, "behaviour": how})
+    with _Server(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+@contextmanager
+def s3_server(bucket: str, objects: dict[str, bytes]) -> Iterator[dict[str, str]]:
+    """moto's S3 server with one bucket; yields the AWS variables that lead to it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key-that-is-secret",
+        "AWS_SECRET_ACCESS_KEY": "password-that-is-secret",
+        "AWS_REGION": "us-east-1",
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=variables["AWS_ENDPOINT_URL"],
+        aws_access_key_id=variables["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=variables["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket=bucket)
+    for key, data in objects.items():
+        client.put_object(Bucket=bucket, Key=key, Body=data)
+    try:
+        yield variables
+    finally:
+        server.stop()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Wait for something that must happen, with a deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
