@@ -71,7 +71,8 @@ class Loop:
 
     def _loss(self, weights: Arrays, rows_BT1: mx.array) -> mx.array:
         """Mean cross-entropy of the whole update's share of this batch."""
-        self.model.update(tree_unflatten(list(llama.as_dtype(weights, self.dtype).items())))
+        here = llama.as_dtype(weights, self.dtype)
+        self.model.update(tree_unflatten(list(here.items())))
         return llama.loss_sum(self.model, rows_BT1, self.dtype) / self.update_tokens
 
     def _micro_step(

@@ -5,8 +5,6 @@ Runs in: trainer. Shapes: B sequences, T tokens, D hidden, H heads, V vocabulary
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_map_with_path
@@ -141,14 +139,16 @@ class Llama(nn.Module):
 
     def step(self, tokens_BT: mx.array, cache: Cache) -> tuple[mx.array, Cache]:
         """Logits of tokens that follow the cached ones, and the cache behind them."""
-        x = self.embed_tokens(tokens_BT)
+        dtype = self.norm.weight.dtype
+        x = self.embed_tokens(tokens_BT).astype(dtype)
         kept: Cache = []
         for layer, past in zip(self.layers, cache, strict=True):
             x, keep = layer(x, past)
             kept.append(keep)
         x = self.norm(x)
-        head = self.embed_tokens.as_linear if "lm_head" not in self else self.lm_head
-        return head(x), kept
+        if "lm_head" in self:
+            return self.lm_head(x), kept
+        return x @ self.embed_tokens.weight.astype(dtype).T, kept
 
 
 def initialize(model: Llama, config: Model) -> None:
@@ -184,6 +184,11 @@ def loss_sum(model: Llama, rows_BT1: mx.array, dtype: mx.Dtype) -> mx.array:
     return mx.fast.cross_entropy(logits, rows_BT1[:, 1:]).astype(mx.float32).sum()
 
 
-def as_dtype(tree: Any, dtype: mx.Dtype) -> Any:
-    """All arrays of a tree in another dtype."""
-    return tree_map_with_path(lambda _, array: array.astype(dtype), tree)
+def as_dtype(weights: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The weights in the dtype to compute in, by name.
+
+    The embedding stays float32: the gradient of a frequent token is a sum of thousands of terms,
+    which bfloat16 would round after each. The head casts it where it multiplies.
+    """
+    kept = "embed_tokens.weight"
+    return {name: w if name == kept else w.astype(dtype) for name, w in weights.items()}

@@ -29,26 +29,26 @@ def is_hidden_matrix(name: str, array: mx.array) -> bool:
     return array.ndim == 2 and name.startswith("layers.")
 
 
-def orthogonalize(G: mx.array, steps: int, dtype: mx.Dtype) -> mx.array:
+def orthogonalize(G: mx.array, steps: int) -> mx.array:
     """The nearest (nearly) orthogonal matrices by Newton-Schulz iterations.
 
     Args:
-        G: Stack of matrices, shape (n, rows, columns), float32.
+        G: Stack of matrices of one shape, (n, rows, columns), in the dtype to compute in; the
+            norm is taken in float32.
         steps: Iterations.
-        dtype: The products are computed in; the norm is taken in float32.
 
     Returns:
-        Shape (n, rows, columns), float32.
+        The same shape and dtype.
     """
+    full = G.astype(mx.float32)
+    norm = mx.sqrt((full * full).sum(axis=(-2, -1), keepdims=True)) + 1e-7
+    X = (full / norm).astype(G.dtype)
     tall = G.shape[-2] > G.shape[-1]
-    X = G.swapaxes(-1, -2) if tall else G
-    X = X / (mx.sqrt((X * X).sum(axis=(-2, -1), keepdims=True)) + 1e-7)
-    X = X.astype(dtype)
-    for _ in range(steps):
-        S = X @ X.swapaxes(-1, -2)
-        X = _A * X + (_B * S + _C * (S @ S)) @ X
-    X = X.astype(mx.float32)
-    return X.swapaxes(-1, -2) if tall else X
+    for _ in range(steps):  # the products are of the smaller side, so no matrix is transposed
+        S = X.swapaxes(-1, -2) @ X if tall else X @ X.swapaxes(-1, -2)
+        S = _B * S + _C * (S @ S)
+        X = _A * X + (X @ S if tall else S @ X)
+    return X
 
 
 def init(weights: Arrays, config: Optimization) -> State:
@@ -129,23 +129,21 @@ def _muon(
     dtype: mx.Dtype,
 ) -> tuple[Arrays, Arrays]:
     """Muon over stacks of matrices of one shape: a few large products instead of many small."""
-    stacks: dict[tuple[int, int], list[str]] = defaultdict(list)
+    stacks: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name in momenta:
-        rows, columns = weights[name].shape
-        stacks[min(rows, columns), max(rows, columns)].append(name)
+        stacks[weights[name].shape].append(name)
     new: Arrays = {}
     kept: Arrays = {}
-    for names in stacks.values():
-        wide = []
+    for (rows, columns), names in stacks.items():
+        ahead = []
         for name in names:
             g = gradients[name]
             m = kept[name] = config.momentum * momenta[name] + (1 - config.momentum) * g
             look = config.momentum * m + (1 - config.momentum) * g if config.nesterov else m
-            wide.append(look.T if look.shape[0] > look.shape[1] else look)
-        orthogonal = orthogonalize(mx.stack(wide), config.ns_steps, dtype)
+            ahead.append(look.astype(dtype))
+        orthogonal = orthogonalize(mx.stack(ahead), config.ns_steps)
+        scale = max(1.0, rows / columns) ** 0.5
         for index, name in enumerate(names):
-            rows, columns = weights[name].shape
-            update = orthogonal[index].T if rows > columns else orthogonal[index]
-            scale = max(1.0, rows / columns) ** 0.5
+            update = orthogonal[index].astype(mx.float32)
             new[name] = weights[name] * (1 - lr * hyper.weight_decay) - lr * scale * update
     return new, kept
