@@ -160,6 +160,8 @@ class _Archive(tarfile.TarFile):
                 raise
             raise tarfile.ReadError(f"{error} at byte {self.fileobj.tell()}") from error
         self._ended = False
+        if member.size < 0 or "\0" in member.name:  # its attributes may say anything
+            raise tarfile.ReadError(f"a header claims {member.size} bytes for {member.name!r}")
         if len(self.pax_headers) > _MAX_GLOBAL_HEADERS:
             raise tarfile.ReadError("too many global headers")
         return member
@@ -229,8 +231,7 @@ def _split(stream: BinaryIO) -> Iterator[bytes | None]:
 
 
 def _parquet(file: BinaryIO, name: str, field: str) -> Documents:
-    # a dictionary stays one: a small file may name one large text a million times
-    shard = pq.ParquetFile(file, pre_buffer=False, read_dictionary=[field])
+    shard = pq.ParquetFile(file, pre_buffer=False)
     columns = shard.schema_arrow.names
     if field not in columns:
         raise ShardError(
@@ -243,6 +244,8 @@ def _parquet(file: BinaryIO, name: str, field: str) -> Documents:
             f"{name}: its column {field!r} holds {shown(str(kind))}, not text",
             "name the text column with data.stream.text_field or --text-field",
         )
+    # a dictionary stays one: a small file may name one large text a million times
+    shard = pq.ParquetFile(file, metadata=shard.metadata, pre_buffer=False, read_dictionary=[field])
     for group in range(shard.num_row_groups):
         row = 0
         for batch in shard.iter_batches(_ROWS, row_groups=[group], columns=[field]):
