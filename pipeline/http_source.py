@@ -8,12 +8,17 @@ the catalog, and redirects are followed here, so that credentials never reach an
 
 from __future__ import annotations
 
+import email.utils
+import http.client
+import io
 import os
 import re
+import socket
 import ssl
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
@@ -38,16 +43,51 @@ _REMEDIES = {
 }
 
 
+class _Lines(io.BufferedReader):
+    """What a server sends; a line that the connection's end cuts short is an error (http.client
+    takes the end for the end of the headers, and those that are missing for none)."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size:
+            raise http.client.IncompleteRead(line)
+        return line
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = _Lines(self.fp.detach())
+
+
+class _Connection(urllib3.connection.HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(urllib3.connection.HTTPSConnection):
+    response_class = _Response
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _SecurePool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
+
+
 @cache
 def _pool(timeout_s: float, proxy: str | None) -> urllib3.PoolManager:
     """One pool per process and proxy. Retries and redirects are ours."""
     settings: dict[str, Any] = {
         "timeout": urllib3.Timeout(connect=timeout_s, read=timeout_s),
         "retries": False,
-        "ca_certs": os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE"),
+        "ca_certs": os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE"),
         "maxsize": 16,
     }
-    return urllib3.ProxyManager(proxy, **settings) if proxy else urllib3.PoolManager(**settings)
+    pool = urllib3.ProxyManager(proxy, **settings) if proxy else urllib3.PoolManager(**settings)
+    pool.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
+    return pool
 
 
 def _proxy(host: str) -> str | None:
@@ -169,10 +209,10 @@ class HttpSource:
                     f"{self._name}: its host's name is not known",
                     remedy="check the name and the network; the same command resumes",
                 )
-            case exceptions.TimeoutError():
-                said = f"no answer for {self._timeout_s:g} s"
             case exceptions.NewConnectionError():
                 said = "no connection"
+            case exceptions.TimeoutError():
+                said = f"no answer for {self._timeout_s:g} s"
             case exceptions.ProxyError():
                 said = "no connection to the proxy"
             case exceptions.ProtocolError():
@@ -186,9 +226,12 @@ class HttpSource:
     def _refuse(self, response: urllib3.BaseHTTPResponse) -> None:
         """Raise what the status means, if it is no success."""
         status = response.status
-        if status in (_OK, _PARTIAL):
+        said = response.headers.get("Content-Length")
+        if status in (_OK, _PARTIAL) and (said is None or _NUMBER.fullmatch(said)):
             return
         response.close()
+        if status in (_OK, _PARTIAL):
+            raise TransientError(f"{self._name}: the length that its server says is none")
         if status == _PRECONDITION:
             raise ChangedError(f"{self._name} is another version now")
         if status in _RETRY_STATUS:
@@ -241,11 +284,11 @@ _NUMBER = re.compile(r"\d{1,18}", re.ASCII)
 
 
 def _length(response: urllib3.BaseHTTPResponse) -> int | None:
-    """The body's length in bytes, if it is said and can be."""
-    length = response.headers.get("Content-Length", "")
-    if "chunked" in response.headers.get("Transfer-Encoding", "").lower():
+    """The body's length in bytes, if it is said."""
+    length = response.headers.get("Content-Length")
+    if length is None or "chunked" in response.headers.get("Transfer-Encoding", "").lower():
         return None
-    return int(length) if _NUMBER.fullmatch(length) else None
+    return int(length)
 
 
 def _first(response: urllib3.BaseHTTPResponse) -> int | None:
@@ -270,6 +313,8 @@ def retry_after_s(response: urllib3.BaseHTTPResponse) -> float | None:
     if _NUMBER.fullmatch(value):
         return float(min(int(value), _MAX_SECONDS))
     try:
-        return min(urllib3.Retry().parse_retry_after(value), _MAX_SECONDS)
-    except (exceptions.HTTPError, ValueError, OverflowError, TypeError):
+        when = email.utils.parsedate_to_datetime(value)
+        now = datetime.now(when.tzinfo and UTC)
+        return min(max(0.0, (when - now).total_seconds()), _MAX_SECONDS)
+    except (ValueError, OverflowError, TypeError, IndexError):
         return None
