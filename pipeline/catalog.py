@@ -6,10 +6,10 @@ Runs in: supervisor.
 from __future__ import annotations
 
 import glob
-import random
-import time
+import threading
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ import msgspec
 import xxhash
 from webdataset.shardlists import expand_urls
 
-from pipeline.errors import ConfigError, SourceError
-from pipeline.sources import Stat, TransientError, local_path, open_source, redact
+from pipeline.errors import ConfigError
+from pipeline.redaction import hide, redact
+from pipeline.sources import Patience, Stat, TransientError, local_path, open_source
 
 __all__ = ["Shard", "build", "expand", "local_path"]
-
-_MAX_WAIT_S = 30.0
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -53,16 +52,27 @@ def expand(patterns: Sequence[str]) -> list[str]:
     """
     if not patterns:
         raise ConfigError("no shards are given", "name them with --shards or data.stream.shards")
+    hide(patterns)
     urls: list[str] = []
     for pattern in patterns:
         for one in expand_urls(pattern):
-            urls += [one] if urllib.parse.urlsplit(one).scheme else _local(one, pattern)
+            urls += [one] if _is_url(one) else _local(one, pattern)
+    hide(urls)
     seen: set[str] = set()
     for url in urls:
         if url in seen:
             raise ConfigError(f"{redact(url)} is named twice", "name every shard once")
         seen.add(url)
     return urls
+
+
+def _is_url(text: str) -> bool:
+    """Whether it has a scheme. Raises: ConfigError."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return bool(parts.scheme) and parts.port != 0
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is no address: {error}", "check the pattern") from None
 
 
 def _local(path: str, pattern: str) -> list[str]:
@@ -101,26 +111,38 @@ def build(
         SourceError: a shard cannot be had; says which and why.
     """
     urls = expand(patterns)
+    stopped = threading.Event()
     with ThreadPoolExecutor(concurrency) as pool:
-        shards = []
-        stats = pool.map(lambda url: _stat(url, options), urls)
-        for index, (url, stat) in enumerate(zip(urls, stats, strict=True)):
-            shards.append(Shard(index, url, redact(url), stat.size_bytes, stat.version))
-            progress(index + 1, len(urls))
+        try:
+            shards = []
+            stats = pool.map(lambda url: _stat(url, options, stopped), urls)
+            for index, (url, name, stat) in enumerate(zip(urls, _names(urls), stats, strict=True)):
+                shards.append(Shard(index, url, name, stat.size_bytes, stat.version))
+                progress(index + 1, len(urls))
+        except BaseException:  # one shard's patience is enough: the others need not lose theirs
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return tuple(shards)
 
 
-def _stat(url: str, options: dict[str, Any]) -> Stat:
+def _names(urls: Sequence[str]) -> Iterator[str]:
+    """What may be shown of each URL; those that differ in their secrets alone are numbered, or
+    they would share a file in the cache."""
+    seen: Counter[str] = Counter()
+    for url in urls:
+        name = redact(url)
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name} ({seen[name]})"
+
+
+def _stat(url: str, options: dict[str, Any], stopped: threading.Event) -> Stat:
     """Ask for one shard, with bounded patience."""
-    attempts = int(options["max_retries"])
-    for attempt in range(attempts + 1):
+    patience = Patience(int(options["max_retries"]))
+    while True:
         try:
             return open_source(url, options).stat()
         except TransientError as error:
-            if attempt == attempts:
-                raise SourceError(
-                    f"{error} ({attempts + 1} attempts)", "check the network and the address"
-                ) from None
-            wait = error.retry_after_s or 0.2 * 2**attempt * random.uniform(0.5, 1)
-            time.sleep(min(wait, _MAX_WAIT_S))
-    raise AssertionError
+            stopped.wait(patience.pause_s(error))
+            if stopped.is_set():
+                raise

@@ -1,51 +1,43 @@
-"""A shard's file into documents: what the format and compression are, and what is in it.
+"""A shard's file into documents: what the format is, and what is in it.
 
-Runs in: decompressors. Memory is bounded by one member, line or row group.
+Runs in: decompressors. Memory is bounded by one record: a line, a member, a page of a column.
 
     tar · jsonl, each plain, .bz2, .gz or .zst        parquet
     tar members: .json (a document), .jsonl (a document a line), .txt (the text itself)
 
-The content decides; the name is asked only where content does not tell.
+The content decides; the name is asked only where content does not tell. What cannot be used is
+never passed over in silence: one record is a BadRecord in its place, anything larger ends the
+shard with a ShardError.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
+import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import rapidgzip
-import webdataset.tariterators
-import zstandard
 
+from pipeline import compression
 from pipeline.errors import ShardError
 from pipeline.messages import BadRecord
+from pipeline.records import bad, is_utf8, json_reader, shown
 
 Documents = Iterator[bytes | BadRecord]
 
-_CHUNK_BYTES = 1 << 20
-_ZSTD_FEED_BYTES = 1 << 12  # a bomb's 4 KiB become 128 MiB at most
-_ZSTD_MAX_WINDOW = 1 << 27  # `zstd --long` writes this
-_MAX_RECORD_BYTES = 1 << 28  # a line or member beyond this is no document
+MAX_RECORD_BYTES = 1 << 26  # a line or member beyond this is no document
+_MAX_HEADER_BYTES = 1 << 20  # a tar member's long name and attributes
+_MAX_GLOBAL_HEADERS = 100
 _ROWS = 1024
-_DAMAGED = (
-    OSError,
-    EOFError,
-    RuntimeError,  # rapidgzip
-    ValueError,
-    zlib.error,
-    zstandard.ZstdError,
-    tarfile.TarError,
-    pa.ArrowException,
+_DAMAGED = (*compression.DAMAGED, MemoryError, tarfile.TarError, pa.ArrowException)
+_REMEDY = (
+    "fetch or make the shard again, or let the run go on without the rest of it with "
+    "--max-bad-shards"
 )
-_MAGIC = ((b"BZh", "bz2"), (b"\x1f\x8b", "gz"), (b"\x28\xb5\x2f\xfd", "zst"))
 
 
 def open_documents(path: str, name: str, text_field: str) -> Documents:
@@ -66,11 +58,10 @@ def open_documents(path: str, name: str, text_field: str) -> Documents:
             yield document
             done += 1
     except _DAMAGED as error:
-        raise ShardError(
-            f"{name} is damaged or cut off after record {done}: {type(error).__name__}: {error}",
-            "fetch or make the shard again, or let the run go on without the rest of it with "
-            "--max-bad-shards",
-        ) from error
+        why = shown(f"{type(error).__name__}: {error}")
+        raise ShardError(f"{name} is damaged or cut off after record {done}: {why}", _REMEDY) from (
+            error
+        )
 
 
 def _documents(path: str, name: str, field: str) -> Documents:
@@ -80,147 +71,181 @@ def _documents(path: str, name: str, field: str) -> Documents:
         if head.startswith(b"PAR1"):
             yield from _parquet(file, name, field)
             return
-        compression = next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
-        with _OPEN[compression](file, path) as stream:
+        kind = compression.by_content(head)
+        with compression.open_stream(file, path, kind) as stream:
             start = stream.read(512)
-            rest = cast(BinaryIO, io.BufferedReader(_Rejoined(start, stream), _CHUNK_BYTES))
-            match _container(start, name):
-                case "tar":
-                    yield from _tar(rest, field)
-                case "jsonl":
-                    yield from _lines(rest, field, "")
-                case _:
-                    raise ShardError(
-                        f"{name} is of no known form: it begins with {start[:16]!r}",
-                        "give tar, jsonl or parquet shards, plain or as .bz2, .gz or .zst",
-                    )
+            container = _container(start, kind, name)
+            rest = io.BufferedReader(compression.Forward(start, stream), compression.CHUNK_BYTES)
+            if container == "tar":
+                yield from _tar(cast(BinaryIO, rest), field)
+            else:
+                yield from _lines(cast(BinaryIO, rest), field, "")
 
 
-def _container(start: bytes, name: str) -> str | None:
-    """tar or jsonl, by the first 512 bytes of the decompressed stream, then by name."""
+def _container(start: bytes, kind: str | None, name: str) -> str:
+    """tar or jsonl, by the first 512 bytes of the decompressed stream, then by name.
+
+    Raises:
+        ShardError: it is neither.
+    """
     if start[257:262] == b"ustar":
         return "tar"
-    if start.lstrip()[:1] == b"{":
+    if _first_line(start).lstrip()[:1] == b"{":
         return "jsonl"
-    parts = name.lower().rsplit("/", 1)[-1].split(".")
-    if "tar" in parts or parts[-1] in ("tgz", "tbz2", "tbz"):
-        return "tar"
-    return "jsonl" if {"jsonl", "json", "ndjson"} & set(parts) else None
+    promised = compression.by_name(name)
+    inner = compression.by_content(start)
+    what = f"it begins with {start[:16]!r}"
+    if kind is not None and (inner or start.startswith(b"PAR1")):
+        what = f"what is inside its {kind} stream is {inner or 'parquet'} again"
+    elif start.startswith(b"PARE"):
+        what = "it is encrypted parquet"
+    elif start.lstrip()[:1] == b"[":
+        what = "it is a JSON array, not one object a line"
+    elif promised and kind is None:
+        what = f"its name promises {promised}, and {what if start else 'it is empty'}"
+    else:
+        parts = name.lower().rsplit("/", 1)[-1].split(".")
+        if "tar" in parts or parts[-1] in ("tgz", "tbz2", "tbz"):
+            return "tar"
+        if {"jsonl", "json", "ndjson"} & set(parts):
+            return "jsonl"
+    raise ShardError(
+        f"{name} is of no known form: {what}",
+        "give tar, jsonl or parquet shards, the first two plain or as .bz2, .gz or .zst",
+    )
 
 
-# ── compression ─────────────────────────────────────────────────────────────────────────────
+def _first_line(data: bytes) -> bytes:
+    """Without a byte order mark, which some editors put before the first line."""
+    return data.removeprefix(b"\xef\xbb\xbf")
 
 
-def _bz2(file: BinaryIO, path: str) -> BinaryIO:
-    # one core: the pipeline's parallelism is over shards; 1.3 times the standard library here
-    return cast(BinaryIO, rapidgzip.IndexedBzip2File(path, parallelization=1))
+# ── tar ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _gz(file: BinaryIO, path: str) -> BinaryIO:
-    # rapidgzip is 1.7 times as fast, and takes a stream that is cut off for one that has ended
-    return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+class _Member(tarfile.TarInfo):
+    """A header that is read strictly: tarfile takes one that is damaged for the archive's end,
+    and believes any size."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        in_memory = member.type not in tarfile.REGULAR_TYPES and not member.isdir()
+        if member.size < 0 or (in_memory and member.size > _MAX_HEADER_BYTES):
+            raise tarfile.ReadError(f"a header claims {member.size} bytes")
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("sparse members are not supported")
+        return cast(_Member, member)
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> _Member:
+        return cast(_Member, tarfile.strictly(super().fromtarfile))
 
 
-def _zst(file: BinaryIO, path: str) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_Zstd(file), _CHUNK_BYTES))
+class _Archive(tarfile.TarFile):
+    """A tar stream that must end as one: with a block of zeros, and nothing but zeros or a
+    further archive behind it."""
 
+    tarinfo = _Member
+    _ended = False
 
-_OPEN: dict[str | None, Callable[[BinaryIO, str], BinaryIO]] = {
-    None: lambda file, path: file,
-    "bz2": _bz2,
-    "gz": _gz,
-    "zst": _zst,
-}
-
-
-class _Zstd(io.RawIOBase):
-    """Any number of zstd frames; one that is cut off is an error (zstandard's own stream reader
-    takes it for the end)."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
-        self._frame: Any = None
-        self._input = self._output = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            if not self._input:
-                self._input = self._file.read(_ZSTD_FEED_BYTES)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the last zstd frame is cut off")
-                return 0
-            self._frame = self._frame or self._context.decompressobj()
-            self._output, self._input = self._frame.decompress(self._input), b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
-
-
-class _Rejoined(io.RawIOBase):
-    """A stream whose first bytes have been read already."""
-
-    def __init__(self, start: bytes, stream: BinaryIO) -> None:
-        self._start, self._stream = start, stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._start or self._stream.read(len(buffer))
-        self._start = data[len(buffer) :]
-        size = min(len(buffer), len(data))
-        buffer[:size] = data[:size]
-        return size
-
-
-# ── containers ──────────────────────────────────────────────────────────────────────────────
+    def strictly(self, read: Callable[[Any], tarfile.TarInfo]) -> tarfile.TarInfo:
+        """Read the next header. Raises: HeaderError at the end, ReadError for a damaged one."""
+        try:
+            member = read(self)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # a block of zeros
+                self._ended = True
+            if self._ended and isinstance(error, tarfile.EOFHeaderError | tarfile.EmptyHeaderError):
+                raise
+            raise tarfile.ReadError(f"{error} at byte {self.fileobj.tell()}") from error
+        self._ended = False
+        if member.size < 0 or "\0" in member.name:  # its attributes may say anything
+            raise tarfile.ReadError(f"a header claims {member.size} bytes for {member.name!r}")
+        if len(self.pax_headers) > _MAX_GLOBAL_HEADERS:
+            raise tarfile.ReadError("too many global headers")
+        return member
 
 
 def _tar(stream: BinaryIO, field: str) -> Documents:
-    decode = _json_decoder(field)
-    for member in webdataset.tariterators.tar_file_iterator(stream):
-        name, data = str(member["fname"]), cast(bytes, member["data"])
-        suffix = name.rsplit(".", 1)[-1].lower()
-        if suffix == "json":
-            yield _document(decode, data, f"member {name}", field)
-        elif suffix == "jsonl":
-            yield from _lines(io.BytesIO(data), field, f"member {name}, ")
-        elif suffix == "txt":
-            yield _utf8(data, f"member {name}")
+    read = json_reader(field)
+    with _Archive(fileobj=stream, errors="replace", ignore_zeros=True) as archive:
+        for member in archive:
+            archive.members = []  # it would keep them all
+            name = member.name
+            suffix = name.rsplit(".", 1)[-1].lower()
+            if member.isdir() or suffix not in ("json", "jsonl", "txt") or _is_meta(name):
+                continue
+            place = f"member {name}"
+            if not member.isreg() or member.issparse():
+                yield bad(place, "it is a link or a device, not a file")
+                continue
+            data = cast(BinaryIO, archive.extractfile(member))
+            if suffix == "jsonl":
+                yield from _lines(data, field, f"{place}, ")
+            elif member.size > MAX_RECORD_BYTES:
+                yield bad(place, f"its {member.size} bytes are more than {MAX_RECORD_BYTES}")
+            elif suffix == "json":
+                yield read(data.read(), place)
+            else:
+                text = data.read()
+                yield text if is_utf8(text) else bad(place, "the text is not UTF-8")
+
+
+def _is_meta(name: str) -> bool:
+    """Members that webdataset's own reader skips: `__name__` and what lies in such a folder."""
+    return re.match(r"__[^/]*__($|/)", name) is not None
+
+
+# ── jsonl ───────────────────────────────────────────────────────────────────────────────────
 
 
 def _lines(stream: BinaryIO, field: str, where: str) -> Documents:
     """One document a line; empty lines are none."""
-    decode = _json_decoder(field)
-    number, tail = 0, b""
-    while chunk := stream.read(_CHUNK_BYTES):
-        lines = (tail + chunk).split(b"\n")
-        tail = lines.pop()
-        for line in lines:
-            number += 1
-            if line and not line.isspace():
-                yield _document(decode, line, f"{where}line {number}", field)
-        if len(tail) > _MAX_RECORD_BYTES:
-            raise ValueError(f"line {number + 1} is longer than {_MAX_RECORD_BYTES} bytes")
-    if tail and not tail.isspace():
-        yield _document(decode, tail, f"{where}line {number + 1}", field)
+    read = json_reader(field)
+    for number, line in enumerate(_split(stream), 1):
+        if line is None:
+            yield bad(f"{where}line {number}", f"it is longer than {MAX_RECORD_BYTES} bytes")
+        elif line and not line.isspace():
+            text = _first_line(line) if number == 1 else line
+            yield read(text, f"{where}line {number}")
+
+
+def _split(stream: BinaryIO) -> Iterator[bytes | None]:
+    """Lines without their ends; None for one that is too long to be kept."""
+    parts: list[bytes] = []
+    size = 0
+    while chunk := stream.read(compression.CHUNK_BYTES):
+        *ends, tail = chunk.split(b"\n")
+        for end in ends:
+            size += len(end)
+            yield b"".join((*parts, end)) if size <= MAX_RECORD_BYTES else None
+            parts, size = [], 0
+        size += len(tail)
+        parts = [*parts, tail] if size <= MAX_RECORD_BYTES else []
+    if size:
+        yield b"".join(parts) if size <= MAX_RECORD_BYTES else None
+
+
+# ── parquet ─────────────────────────────────────────────────────────────────────────────────
 
 
 def _parquet(file: BinaryIO, name: str, field: str) -> Documents:
     shard = pq.ParquetFile(file, pre_buffer=False)
-    if field not in shard.schema_arrow.names:
+    columns = shard.schema_arrow.names
+    if field not in columns:
         raise ShardError(
-            f"{name} has no column {field!r}: it has {', '.join(shard.schema_arrow.names)}",
+            f"{name} has no column {field!r}: it has {shown(', '.join(columns))}",
             "name the text column with data.stream.text_field or --text-field",
         )
+    kind = shard.schema_arrow.field(field).type
+    if not _is_text(kind):
+        raise ShardError(
+            f"{name}: its column {field!r} holds {shown(str(kind))}, not text",
+            "name the text column with data.stream.text_field or --text-field",
+        )
+    # a dictionary stays one: a small file may name one large text a million times
+    shard = pq.ParquetFile(file, metadata=shard.metadata, pre_buffer=False, read_dictionary=[field])
     for group in range(shard.num_row_groups):
         row = 0
         for batch in shard.iter_batches(_ROWS, row_groups=[group], columns=[field]):
@@ -228,64 +253,30 @@ def _parquet(file: BinaryIO, name: str, field: str) -> Documents:
                 if isinstance(document, bytes):
                     yield document
                 else:
-                    yield BadRecord(f"row {row} of row group {group}", document)
+                    yield bad(f"row {row} of row group {group}", document)
                 row += 1
+        promised = shard.metadata.row_group(group).num_rows
+        if row != promised:
+            raise ValueError(f"row group {group} has {row} rows and claims {promised}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether a column's values can be texts."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    texts = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
+    return kind in texts or pa.types.is_null(kind)
 
 
 def _column(column: pa.Array) -> Iterator[bytes | str]:
-    """The texts of a string column as bytes, or what is wrong with one."""
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        column = column.cast(pa.large_string())
-    try:
-        column.validate(full=True)
-        checked = True
-    except pa.ArrowInvalid:
-        checked = False
-    for value in column.cast(pa.large_binary()):
-        data = value.as_py()
+    """The texts of a column as bytes, or what is wrong with one."""
+    if pa.types.is_dictionary(column.type):
+        values = list(_column(column.dictionary))
+        for index in column.indices.to_pylist():
+            yield "the text is null" if index is None else values[index]
+        return
+    for data in column.cast(pa.large_binary()).to_pylist():
         if data is None:
             yield "the text is null"
-        elif checked or _is_utf8(data):
-            yield data
         else:
-            yield "the text is not UTF-8"
-
-
-# ── records ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _json_decoder(field: str) -> Callable[[bytes], Any]:
-    """Decodes only the text of a JSON object; all else is skipped unread."""
-    record = msgspec.defstruct(
-        "Record", [("text", msgspec.Raw | msgspec.UnsetType, msgspec.UNSET)], rename={"text": field}
-    )
-    return msgspec.json.Decoder(record).decode
-
-
-_decode_text = msgspec.json.Decoder(str).decode
-
-
-def _document(
-    decode: Callable[[bytes], Any], data: bytes, place: str, field: str
-) -> bytes | BadRecord:
-    try:
-        raw = decode(data).text
-        if raw is msgspec.UNSET:
-            return BadRecord(place, f"it has no {field!r}")
-        return cast(str, _decode_text(raw)).encode()
-    except msgspec.ValidationError as error:
-        return BadRecord(place, f"{field!r} is no text: {error}")
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        return BadRecord(place, f"it is no JSON: {error}")
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _utf8(data: bytes, place: str) -> bytes | BadRecord:
-    return data if _is_utf8(data) else BadRecord(place, "the text is not UTF-8")
+            yield data if is_utf8(data) else "the text is not UTF-8"

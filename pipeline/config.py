@@ -54,6 +54,7 @@ class Stream(Section):
     max_bad_shards: int = 0  # shards that may be skipped before the run ends
     max_retries: int = 8  # attempts without progress before a fetch fails
     timeout_s: float = 30.0  # a connection that is silent this long is given up
+    min_bytes_per_s: float = 10_000  # so is one slower than this over timeout_s; 0: no limit
 
 
 class Data(Section):
@@ -293,6 +294,8 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
     rules = [(value > 0, key, f"{value} is not positive") for key, value in positive.items()]  # type: ignore[operator]
     rules += [
         (stream.ring_slots >= 2, "data.stream.ring_slots", "a ring has at least 2 slots a lane"),
+        (stream.timeout_s <= 60, "data.stream.timeout_s", "it is 60 at most"),
+        (stream.min_bytes_per_s >= 0, "data.stream.min_bytes_per_s", "it cannot be negative"),
         (stream.prefetch >= 0, "data.stream.prefetch", "it cannot be negative"),
         (stream.block_bytes >= 4096, "data.stream.block_bytes", "a block holds 4096 bytes or more"),
         (log.max_log_mb >= 0.1, "logging.max_log_mb", "logs need 0.1 MB"),

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import enum
 
+from pipeline.redaction import scrub
+
 
 class ExitCode(enum.IntEnum):
     """What the exit status of the command means."""
@@ -27,6 +29,8 @@ class ExitCode(enum.IntEnum):
 class FinewebError(Exception):
     """Base of all errors that are not bugs.
 
+    Its text never holds a secret, whoever made it.
+
     Args:
         what: What happened, and where: the shard, the record, the key.
         remedy: What the user can do about it.
@@ -35,9 +39,8 @@ class FinewebError(Exception):
     exit_code = ExitCode.BUG
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        super().__init__(what)
-        self.what = what
-        self.remedy = remedy
+        self.what, self.remedy = scrub(what), scrub(remedy)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         return f"{self.what}\n  {self.remedy}" if self.remedy else self.what

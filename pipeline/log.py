@@ -8,7 +8,6 @@ its own `.1`, in the place of the one before.
 from __future__ import annotations
 
 import contextlib
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,21 +15,10 @@ from typing import Any, BinaryIO
 import msgspec
 import structlog
 
+from pipeline.redaction import scrub_fields
 from pipeline.status import DiskStatus
 
-_QUERY = re.compile(r"(\w+://)(?:[^\s/@]*@)?([^\s?#\"']*)[?#][^\s\"']*")
-_USER = re.compile(r"(\w+://)[^\s/@]*@")
 _FILES = ("log.txt", "metrics.jsonl", "bad_records.jsonl")
-
-
-def scrub(text: str) -> str:
-    """The text without the query strings and user names of URLs: a second line of defence."""
-    return _USER.sub(r"\1", _QUERY.sub(r"\1\2", text))
-
-
-def scrub_fields(_: Any, __: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The same as a structlog processor."""
-    return {key: scrub(value) if isinstance(value, str) else value for key, value in fields.items()}
 
 
 _render = structlog.dev.ConsoleRenderer(colors=False, pad_event_to=24)

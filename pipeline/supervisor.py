@@ -38,6 +38,7 @@ from pipeline.messages import (
     TrainerSetup,
     WriterSetup,
 )
+from pipeline.redaction import redact
 from pipeline.report import Reporter
 from pipeline.state import Plan, ShardInfo
 from pipeline.status import View
@@ -137,7 +138,10 @@ class _Run:
         log_bytes = int(self.config.logging.max_log_mb * 1e6)
         self.log = RunLog(self.run_dir, log_bytes)
         self.fixed_bytes = log_bytes + _SMALL_FILES_BYTES
-        options = {"max_retries": self.stream.max_retries, "timeout_s": self.stream.timeout_s}
+        options = {
+            name: getattr(self.stream, name)
+            for name in ("max_retries", "timeout_s", "min_bytes_per_s")
+        }
         self.source_options: dict[str, Any] = options
         self.shards = catalog.build(self.stream.shards, options)
         self.lanes = min(self.stream.lanes, len(self.shards))
@@ -285,7 +289,7 @@ class _Run:
         consumer: Message
         if self.job.kind == "train":
             consumer = TrainerSetup(
-                ring_layout, positions, to_plain(self.config), str(self.run_dir), checkpoint
+                ring_layout, positions, to_plain(self._shown()), str(self.run_dir), checkpoint
             )
         else:
             consumer = WriterSetup(
@@ -309,6 +313,13 @@ class _Run:
             text=text_layout,
             base=cursor,
         )
+
+    def _shown(self) -> Config:
+        """The configuration as it may be stored in checkpoints: without the shards' secrets."""
+        shards = [redact(pattern) for pattern in self.stream.shards]
+        stream = msgspec.structs.replace(self.stream, shards=shards)
+        data = msgspec.structs.replace(self.config.data, stream=stream)
+        return msgspec.structs.replace(self.config, data=data)
 
     def _hooks(self) -> Hooks:
         keys = [shard.key for shard in self.shards]

@@ -17,7 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.log import scrub_fields, step_line
+from pipeline.log import step_line
+from pipeline.redaction import scrub_fields
 from pipeline.status import DiskStatus, Status, View
 
 _LINE_S = 2.0  # between step lines off a terminal
@@ -29,7 +30,7 @@ _SHOWN = {
     "workers_chosen", "consumer_ready", "resuming", "shard_evicted", "checkpoint_written",
     "worker_died", "worker_hangs", "trainer_died", "writer_died", "worker_killed", "bad_record",
     "shard_skipped", "block_skipped", "disk_full", "stopping", "stream_ended", "worker_stderr",
-    "cached_shard_damaged", "worker_failed", "listing_shards",
+    "cached_shard_damaged", "fetch_tried_again", "worker_failed", "listing_shards",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import ssl
 import threading
 import time
 from collections import Counter
@@ -28,7 +29,6 @@ class Behaviour:
     retry_after: str | None = None
     etag: dict[str, str] = field(default_factory=dict)
     bytes_per_s: float | None = None
-    redirect: dict[str, str] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)  # GETs by file name
     sent: Counter[str] = field(default_factory=Counter)  # body bytes by file name
     queries: list[str] = field(default_factory=list)
@@ -69,9 +69,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             extra = {"Retry_After": how.retry_after} if how.retry_after else {}
             self._refuse(statuses.pop(0), **extra)
             return
-        if name in how.redirect:
-            self._refuse(302, Location=how.redirect[name])
-            return
         file = self.root / name
         if not file.is_file():
             self._refuse(404)
@@ -92,6 +89,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         chunked = name in how.no_length or "*" in how.no_length
         self.send_response(206 if start else 200)
         self.send_header("ETag", etag)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         if chunked:
             self.send_header("Transfer-Encoding", "chunked")
         else:
@@ -125,14 +124,18 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 @contextmanager
-def http_server(root: Path, behaviour: Behaviour | None = None) -> Iterator[str]:
+def http_server(
+    root: Path, behaviour: Behaviour | None = None, tls: ssl.SSLContext | None = None
+) -> Iterator[str]:
     """Serve a folder; yields its URL."""
     how = behaviour or Behaviour()
     handler = type("Handler", (_Handler,), {"root": root, "behaviour": how})
     with _Server(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
+            yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
 

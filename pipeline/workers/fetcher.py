@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,14 +26,23 @@ from pipeline.messages import (
     FetchFailed,
     FetchProgress,
     Grant,
+    Log,
     ReserveMore,
     ShardFetched,
 )
-from pipeline.sources import CHUNK_BYTES, ChangedError, Source, TransientError, open_source
+from pipeline.sources import (
+    CHUNK_BYTES,
+    ChangedError,
+    Patience,
+    Source,
+    Stat,
+    TransientError,
+    open_source,
+)
 
 _PROGRESS_S = 0.25
-_FIRST_WAIT_S = 0.2
-_MAX_WAIT_S = 60.0
+_LOG_S = 5.0  # between lines on one fetcher's retries
+_SIGN_OF_LIFE_S = 10.0
 _MAX_CHANGES = 3  # a shard that changes under us this often is being written
 
 
@@ -49,7 +58,7 @@ class Fetcher:
         self._channel = channel
         self._folder = Path(setup.cache_dir)
         self._options: dict[str, Any] = setup.source_options
-        self._reported = 0.0
+        self._reported = self._logged = -_LOG_S
         self._refetched = 0
 
     def run(self) -> None:
@@ -76,14 +85,14 @@ class Fetcher:
             return whole
         self._refetched = 0
         path = self._folder / cache.partial_name(fetch.key)
-        attempts, changes, wait_s = 0, 0, _FIRST_WAIT_S
+        patience, changes = Patience(int(self._options["max_retries"])), 0
         with path.open("a+b") as file:
             body = _Body(self._channel, fetch, file)
             source = open_source(fetch.url, self._options)
             while True:
-                before = body.have
+                pace = _Pace(fetch.name, self._options)
                 try:
-                    self._read(source, fetch, body)
+                    self._read(source, fetch, body, pace)
                     break
                 except ChangedError as error:
                     changes += 1
@@ -94,27 +103,31 @@ class Fetcher:
                         ) from None
                     self._refetched += body.start_over()
                 except TransientError as error:
-                    if body.have > before:  # progress: the next failure is a first one again
-                        attempts, wait_s = 0, _FIRST_WAIT_S
-                    attempts += 1
-                    if attempts > int(self._options["max_retries"]):
-                        raise SourceError(
-                            f"{error} ({attempts} attempts without progress)",
-                            "check the network and the server; the same command resumes",
-                        ) from None
-                    pause = error.retry_after_s or wait_s * random.uniform(0.5, 1)
-                    time.sleep(min(pause, _MAX_WAIT_S))
-                    wait_s = min(wait_s * 2, _MAX_WAIT_S)
+                    if pace.was_enough():
+                        patience.progress()
+                    self._wait(fetch, body, patience.pause_s(error), error)
             return self._finish(fetch, body, path)
 
-    def _read(self, source: Source, fetch: Fetch, body: _Body) -> None:
+    def _wait(self, fetch: Fetch, body: _Body, pause_s: float, error: TransientError) -> None:
+        """Wait before the next attempt, and let it be known: a silent worker is taken for dead."""
+        now = time.monotonic()
+        if now - self._logged >= _LOG_S:
+            self._logged = now
+            fields = {"shard": fetch.name, "why": str(error), "wait_s": round(pause_s, 1)}
+            self._channel.send(Log("warning", "fetch_tried_again", fields))
+        until = now + pause_s
+        while (left := until - time.monotonic()) > 0:
+            self._channel.send(FetchProgress(fetch.shard, body.have))
+            time.sleep(min(left, _SIGN_OF_LIFE_S))
+
+    def _read(self, source: Source, fetch: Fetch, body: _Body, pace: _Pace) -> None:
         """One attempt: from the end of the partial file to the end of the shard."""
         if fetch.size_bytes is not None and body.have == fetch.size_bytes:
             return
-        chunks = source.read(body.have, fetch.version)
+        chunks = source.read(body.have, Stat(fetch.size_bytes, fetch.version))
         if chunks.start != body.have:
             self._refetched += body.start_over()
-        for chunk in chunks.data:
+        for chunk in pace.timed(chunks.data):
             faultpoint("fetcher:mid_write")
             body.write(chunk)
             now = time.monotonic()
@@ -146,6 +159,53 @@ class Fetcher:
             if entry is not None and entry.size_bytes == path.stat().st_size:
                 return ShardFetched(fetch.shard, path.name, entry.size_bytes)
         return None
+
+
+class _Pace:
+    """How fast one attempt is: one that is slower than it must be is given up, and does not
+    count as progress. Only waiting for the network counts, not for the disk or for a grant.
+
+    Args:
+        name: Of the shard.
+        options: min_bytes_per_s, and timeout_s, over which it is measured.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any]) -> None:
+        self._name = name
+        self._min_bytes_per_s = float(options["min_bytes_per_s"])
+        self._window_s = float(options["timeout_s"])
+        self._bytes = 0
+        self._waited_s = self._since_s = 0.0
+        self._asked = time.monotonic()
+        self._since_bytes = 0
+
+    def timed(self, data: Iterator[bytes]) -> Iterator[bytes]:
+        """The same data. Raises: TransientError, if they come too slowly."""
+        while True:
+            piece = next(data, b"")
+            now = time.monotonic()
+            self._waited_s += now - self._asked
+            self._bytes += len(piece)
+            if not piece:
+                return
+            self._check()
+            yield piece
+            self._asked = time.monotonic()
+
+    def _check(self) -> None:
+        span_s = self._waited_s - self._since_s
+        if span_s < self._window_s:
+            return
+        if self._bytes - self._since_bytes < self._min_bytes_per_s * span_s:
+            raise TransientError(
+                f"{self._name}: slower than {self._min_bytes_per_s:g} B/s for {span_s:.0f} s",
+                remedy="lower data.stream.min_bytes_per_s if your network is that slow",
+            )
+        self._since_s, self._since_bytes = self._waited_s, self._bytes
+
+    def was_enough(self) -> bool:
+        """Whether the attempt has made progress."""
+        return self._bytes > self._min_bytes_per_s * self._waited_s
 
 
 class _Body:
