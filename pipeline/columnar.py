@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import pyarrow as pa
 
+from pipeline import ragged
+from pipeline.merges import MAX_BYTES, Merges
 from pipeline.piece_cache import (
     KEY_WORDS,
     MAX_PIECE_BYTES,
@@ -24,7 +26,6 @@ from pipeline.piece_cache import (
     WORD_BYTES,
     PieceTable,
     TokenStore,
-    ragged,
 )
 from pipeline.pieces import PAD_BYTES
 
@@ -81,6 +82,7 @@ class ColumnarEncoder:
         self._store = TokenStore(_STORED_TOKENS)
         self._values = np.empty(0, np.uint64)
         self._separator = encoding._mergeable_ranks[bytes([_SEPARATOR])]
+        self._merges = Merges(encoding._mergeable_ranks)
         self._learn_vocabulary()
 
     def decode(self, ids: list[int]) -> str:
@@ -181,30 +183,38 @@ class ColumnarEncoder:
 
     def _encode(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Values of pieces that are in no table: tiktoken's, learned for the next time."""
-        text = np.frombuffer(raw, np.uint8)[ragged(starts, lengths)]
-        ends = np.cumsum(lengths)
-        bounds = np.concatenate([[0], ends]).astype(np.int64)
-        array = pa.LargeBinaryArray.from_buffers(
-            pa.large_binary(), len(lengths), [None, pa.py_buffer(bounds), pa.py_buffer(text)]
-        ).dictionary_encode()
+        text = np.frombuffer(raw, np.uint8)[ragged.positions(starts, lengths)]
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        array = ragged.binary_array(text, bounds).dictionary_encode()
         _, offsets, data = array.dictionary.buffers()
         bounds = np.frombuffer(offsets, np.int64)[: len(array.dictionary) + 1]
-        pieces = np.frombuffer(data, np.uint8)[: bounds[-1]]
-        values = self._store.add(*self._bpe(pieces, bounds))
-        self._learn(pieces, bounds, values)
+        text = np.frombuffer(data, np.uint8)[: bounds[-1]]
+        starts, lengths = bounds[:-1], np.diff(bounds)
+        values = np.empty(len(starts), np.uint64)
+        low = 0
+        for high, bpe in (
+            (WORD_BYTES, self._merges.encode),
+            (MAX_BYTES, self._merges.encode),
+            (len(raw), self._tiktoken),
+        ):
+            here = np.flatnonzero((low < lengths) & (lengths <= high))
+            if here.size:
+                values[here] = self._store.add(*bpe(text, starts[here], lengths[here]))
+            low = high
+        self._learn(text, bounds, values)
         return values[np.asarray(array.indices)]
 
-    def _bpe(self, pieces: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of distinct pieces, joined, and how many each has."""
-        lengths = np.diff(bounds)
-        if not pieces.all():  # they contain the separator
-            ids = [
-                self._encoding._encode_single_piece(pieces[begin:end].tobytes())
-                for begin, end in itertools.pairwise(bounds)
-            ]
+    def _tiktoken(
+        self, text: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As Merges.encode, for pieces of any length."""
+        text = text[ragged.positions(starts, lengths)]
+        if not text.all():  # they contain the separator
+            bounds = itertools.pairwise([0, *np.cumsum(lengths)])
+            ids = [self._encoding._encode_single_piece(text[a:b].tobytes()) for a, b in bounds]
             return np.array(list(itertools.chain(*ids))), np.array(list(map(len, ids)))
-        joined = np.full(len(pieces) + len(lengths), _SEPARATOR, np.uint8)
-        joined[np.arange(len(pieces)) + np.repeat(np.arange(len(lengths)), lengths)] = pieces
+        joined = np.full(len(text) + len(lengths), _SEPARATOR, np.uint8)
+        joined[np.arange(len(text)) + np.repeat(np.arange(len(lengths)), lengths)] = text
         ids = self._pieces.encode_to_numpy(joined.tobytes().decode(), disallowed_special=())
         separators = np.flatnonzero(ids == self._separator)
         counts = np.diff(separators, prepend=-1) - 1
@@ -248,7 +258,7 @@ class ColumnarEncoder:
         ids[eots] = self.eot
         single[eots] = False
         if several.size:
-            at = ragged(several + extra[:-1] + documents, counts)
+            at = ragged.positions(several + extra[:-1] + documents, counts)
             ids[at] = self._store.tokens(values[several])
             single[at] = False
         ids[single] = values.astype(self.dtype)[values < TWO]

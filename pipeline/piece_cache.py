@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipeline import ragged
+
 WORD_BYTES = 8
 KEY_WORDS = (1, 2, 4)  # of the three tables
 MAX_PIECE_BYTES = WORD_BYTES * KEY_WORDS[-1]
@@ -22,6 +24,7 @@ _COUNT_SHIFT = np.uint64(32)
 ONE = np.uint64(1 << 32)
 TWO = np.uint64(2 << 32)
 
+_INSERT_ROUNDS = 3
 _NO_KEY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # not UTF-8, so no piece
 _MULTIPLIERS = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64
@@ -75,18 +78,21 @@ class PieceTable:
         return values, missed
 
     def insert(self, keys: list[np.ndarray], values: np.ndarray) -> None:
-        """Add keys that are not in the table. Some may be lost to others that were added."""
+        """Add keys that are not in the table; a few may be lost to others that came with them."""
         first = self._slots(keys)
-        second = first ^ 1
-        taken = self._rows[first, 0] != _NO_KEY
-        full = taken & (self._rows[second, 0] != _NO_KEY)
-        second_chosen = taken & ~full | full & (self._random.integers(0, 2, len(first)) > 0)
-        slots = np.where(second_chosen, second, first)
         rows = np.zeros((len(first), 2 * self._num_words), np.uint64)
         for column, key in enumerate(keys):
             rows[:, column] = key
         rows[:, self._num_words] = values
-        self._rows[slots] = rows
+        for _ in range(_INSERT_ROUNDS):
+            second = first ^ 1
+            taken = self._rows[first, 0] != _NO_KEY
+            full = taken & (self._rows[second, 0] != _NO_KEY)
+            coin = self._random.integers(0, 2, len(first), np.uint8)
+            slots = np.where(np.where(full, coin, taken), second, first)
+            self._rows[slots] = rows
+            lost = (self._rows[slots] != rows).any(axis=1)  # two keys went to one place
+            first, rows = first[lost], rows[lost]
 
     def _slots(self, keys: list[np.ndarray]) -> np.ndarray:
         hashed = keys[0] * _MULTIPLIERS[0]
@@ -129,9 +135,15 @@ class TokenStore:
         self._used = end
         return (counts.astype(np.uint64) << _COUNT_SHIFT) | place.astype(np.uint64)
 
+    @staticmethod
+    def _split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Place of the first token, and number of tokens."""
+        place = (values & np.uint64(0xFFFF_FFFF)).view(np.int64)
+        return place, (values >> _COUNT_SHIFT).view(np.int64)
+
     def tokens(self, values: np.ndarray) -> np.ndarray:
         """The ids of values of several tokens each, joined."""
-        return self._ids[ragged(values & np.uint64(0xFFFF_FFFF), values >> _COUNT_SHIFT)]
+        return self._ids[ragged.positions(*self._split(values))]
 
     def compact(self, tables: list[PieceTable]) -> None:
         """Keep only what the tables still refer to; or nothing, if that is most of it."""
@@ -150,11 +162,3 @@ class TokenStore:
         for table, at in zip(tables, places, strict=True):
             table.values[at] = values[first : first + len(at)]
             first += len(at)
-
-
-def ragged(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The positions of runs, joined: first, first + 1 … of each, counts of them."""
-    first, counts = first.astype(np.int64), counts.astype(np.int64)
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(first - (ends - counts), counts) + np.arange(total)
