@@ -98,7 +98,7 @@ def load(name: str, vocab_size: int | None) -> Encoder:
 
     full = whole(name)
     if vocab_size is None or vocab_size == full.n_vocab:
-        return TiktokenEncoder(full, full.eot_token, full.n_vocab)
+        return _encoder(name, full, full.eot_token, full.n_vocab)
     ranks = full._mergeable_ranks
     if not _SMALLEST_VOCAB <= vocab_size <= len(ranks) + 1:
         raise ConfigError(
@@ -112,7 +112,19 @@ def load(name: str, vocab_size: int | None) -> Encoder:
         mergeable_ranks={token: rank for token, rank in ranks.items() if rank < eot},
         special_tokens={"<|endoftext|>": eot},
     )
-    return TiktokenEncoder(cut, eot, vocab_size)
+    return _encoder(name, cut, eot, vocab_size)
+
+
+def _encoder(name: str, encoding: tiktoken.Encoding, eot: int, vocab_size: int) -> Encoder:
+    """Columnar where the encoding's pattern is known to the letter, tiktoken for every other."""
+    from pipeline import codepoints, columnar, pieces
+
+    splitter = pieces.SPLITTERS.get(encoding._pat_str)
+    if splitter is None:
+        return TiktokenEncoder(encoding, eot, vocab_size)
+    return columnar.ColumnarEncoder(
+        encoding, splitter(codepoints.classes()), safe_cut(name), eot, vocab_size
+    )
 
 
 def whole(name: str) -> tiktoken.Encoding:
