@@ -14,26 +14,24 @@ from __future__ import annotations
 
 import io
 import re
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import compression
+from pipeline import compression, tar
+from pipeline.blocks import Documents, Texts
 from pipeline.errors import ShardError
-from pipeline.messages import BadRecord
 from pipeline.records import bad, is_utf8, json_reader, shown
 
-Documents = Iterator[bytes | BadRecord]
-
 MAX_RECORD_BYTES = 1 << 26  # a line or member beyond this is no document
-_MAX_HEADER_BYTES = 1 << 20  # a tar member's long name and attributes
-_MAX_GLOBAL_HEADERS = 100
 _ROWS = 1024
-_DAMAGED = (*compression.DAMAGED, MemoryError, tarfile.TarError, pa.ArrowException)
+_MAX_BATCH_BYTES = 1 << 26  # texts of that many rows; beyond it they are taken one by one
+_DAMAGED = (*compression.DAMAGED, MemoryError, tar.Error, pa.ArrowException)
 _REMEDY = (
     "fetch or make the shard again, or let the run go on without the rest of it with "
     "--max-bad-shards"
@@ -41,8 +39,8 @@ _REMEDY = (
 
 
 def open_documents(path: str, name: str, text_field: str) -> Documents:
-    """The shard's texts as UTF-8 bytes, in order, with a BadRecord in the place of each that
-    cannot be used.
+    """The shard's texts as UTF-8 bytes, in order, one by one or many in one buffer, with a
+    BadRecord in the place of each that cannot be used.
 
     Args:
         path: Local file.
@@ -56,7 +54,7 @@ def open_documents(path: str, name: str, text_field: str) -> Documents:
     try:
         for document in _documents(path, name, text_field):
             yield document
-            done += 1
+            done += len(document.offsets) - 1 if isinstance(document, Texts) else 1
     except _DAMAGED as error:
         why = shown(f"{type(error).__name__}: {error}")
         raise ShardError(f"{name} is damaged or cut off after record {done}: {why}", _REMEDY) from (
@@ -123,78 +121,30 @@ def _first_line(data: bytes) -> bytes:
 # ── tar ─────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Member(tarfile.TarInfo):
-    """A header that is read strictly: tarfile takes one that is damaged for the archive's end,
-    and believes any size."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _Member:
-        member = super().frombuf(buf, encoding, errors)
-        in_memory = member.type not in tarfile.REGULAR_TYPES and not member.isdir()
-        if member.size < 0 or (in_memory and member.size > _MAX_HEADER_BYTES):
-            raise tarfile.ReadError(f"a header claims {member.size} bytes")
-        if member.type == tarfile.GNUTYPE_SPARSE:
-            raise tarfile.ReadError("sparse members are not supported")
-        return cast(_Member, member)
-
-    @classmethod
-    def fromtarfile(cls, tarfile: Any) -> _Member:
-        return cast(_Member, tarfile.strictly(super().fromtarfile))
-
-
-class _Archive(tarfile.TarFile):
-    """A tar stream that must end as one: with a block of zeros, and nothing but zeros or a
-    further archive behind it."""
-
-    tarinfo = _Member
-    _ended = False
-
-    def strictly(self, read: Callable[[Any], tarfile.TarInfo]) -> tarfile.TarInfo:
-        """Read the next header. Raises: HeaderError at the end, ReadError for a damaged one."""
-        try:
-            member = read(self)
-        except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EOFHeaderError):  # a block of zeros
-                self._ended = True
-            if self._ended and isinstance(error, tarfile.EOFHeaderError | tarfile.EmptyHeaderError):
-                raise
-            raise tarfile.ReadError(f"{error} at byte {self.fileobj.tell()}") from error
-        self._ended = False
-        if member.size < 0 or "\0" in member.name:  # its attributes may say anything
-            raise tarfile.ReadError(f"a header claims {member.size} bytes for {member.name!r}")
-        if len(self.pax_headers) > _MAX_GLOBAL_HEADERS:
-            raise tarfile.ReadError("too many global headers")
-        return member
-
-
 def _tar(stream: BinaryIO, field: str) -> Documents:
     read = json_reader(field)
-    with _Archive(fileobj=stream, errors="replace", ignore_zeros=True) as archive:
-        for member in archive:
-            archive.members = []  # it would keep them all
-            name = member.name
-            suffix = name.rsplit(".", 1)[-1].lower()
-            if member.isdir() or suffix not in ("json", "jsonl", "txt") or _is_meta(name):
-                continue
-            place = f"member {name}"
-            if not member.isreg() or member.issparse():
-                yield bad(place, "it is a link or a device, not a file")
-                continue
-            data = cast(BinaryIO, archive.extractfile(member))
-            if suffix == "jsonl":
-                yield from _lines(data, field, f"{place}, ")
-            elif member.size > MAX_RECORD_BYTES:
-                yield bad(place, f"its {member.size} bytes are more than {MAX_RECORD_BYTES}")
-            elif suffix == "json":
-                yield read(data.read(), place)
-            else:
-                text = data.read()
-                yield text if is_utf8(text) else bad(place, "the text is not UTF-8")
+    for member in tar.members(stream, MAX_RECORD_BYTES):
+        name = member.name
+        suffix = name.rsplit(".", 1)[-1].lower()
+        if suffix not in ("json", "jsonl", "txt") or _is_meta(name):
+            continue
+        place, data = f"member {name}", member.data
+        if data is None:
+            yield bad(place, "it is a link or a device, not a file")
+        elif suffix == "jsonl":
+            lines = io.BytesIO(data) if isinstance(data, bytes) else data
+            yield from _lines(cast(BinaryIO, lines), field, f"{place}, ")
+        elif not isinstance(data, bytes):
+            yield bad(place, f"its {member.size} bytes are more than {MAX_RECORD_BYTES}")
+        elif suffix == "json":
+            yield read(data, place)
+        else:
+            yield data if is_utf8(data) else bad(place, "the text is not UTF-8")
 
 
 def _is_meta(name: str) -> bool:
     """Members that webdataset's own reader skips: `__name__` and what lies in such a folder."""
-    return re.match(r"__[^/]*__($|/)", name) is not None
+    return name.startswith("__") and re.match(r"__[^/]*__($|/)", name) is not None
 
 
 # ── jsonl ───────────────────────────────────────────────────────────────────────────────────
@@ -249,7 +199,13 @@ def _parquet(file: BinaryIO, name: str, field: str) -> Documents:
     for group in range(shard.num_row_groups):
         row = 0
         for batch in shard.iter_batches(_ROWS, row_groups=[group], columns=[field]):
-            for document in _column(batch.column(0)):
+            column = batch.column(0)
+            texts = _texts(column)
+            if texts is not None:
+                yield texts
+                row += len(column)
+                continue
+            for document in _column(column):
                 if isinstance(document, bytes):
                     yield document
                 else:
@@ -266,6 +222,28 @@ def _is_text(kind: pa.DataType) -> bool:
         kind = kind.value_type
     texts = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
     return kind in texts or pa.types.is_null(kind)
+
+
+def _texts(column: pa.Array) -> Texts | None:
+    """The texts of a column as one buffer, without copying them once more; None if one of them
+    is null or no UTF-8, or if they are too large together."""
+    if pa.types.is_dictionary(column.type):
+        if column.dictionary.null_count or column.null_count:
+            return None
+        lengths = pc.binary_length(column.dictionary).to_numpy()
+        if lengths[column.indices.to_numpy()].sum() > _MAX_BATCH_BYTES:
+            return None
+        column = column.dictionary_decode()
+    if column.null_count:
+        return None
+    try:
+        column = column.cast(pa.large_string())
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return None
+    _, offsets, text = column.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+    return Texts(np.frombuffer(text or b"", np.uint8), bounds)
 
 
 def _column(column: pa.Array) -> Iterator[bytes | str]:

@@ -56,21 +56,34 @@ class TextSlots:
         words = raw[:text_at].view(np.int64)
         return words[:4], words[4:], raw[text_at : text_at + self.shape.text_bytes]
 
-    def write(self, slot: int, documents: Sequence[bytes], *, continues: bool) -> int:
+    def write(
+        self,
+        slot: int,
+        pieces: Sequence[bytes | np.ndarray],
+        lengths: Sequence[int],
+        *,
+        continues: bool,
+    ) -> int:
         """Fill a slot and return the number of UTF-8 bytes.
+
+        Args:
+            slot: Its number.
+            pieces: Buffers that hold the documents one after the other.
+            lengths: Bytes of every document.
+            continues: The first one goes on with a document that an earlier block cut.
 
         Raises:
             ValueError: the documents do not fit; the block rule should have cut earlier.
         """
         header, offsets, room = self._parts(slot)
-        text = b"".join(documents)
-        if len(text) > self.shape.text_bytes or len(documents) > self.shape.documents:
-            raise ValueError(f"{len(documents)} documents of {len(text)} bytes do not fit a slot")
+        size, count = sum(lengths), len(lengths)
+        if size > self.shape.text_bytes or count > self.shape.documents:
+            raise ValueError(f"{count} documents of {size} bytes do not fit a slot")
         offsets[0] = 0
-        np.cumsum([len(d) for d in documents], out=offsets[1 : len(documents) + 1])
-        room[: len(text)] = np.frombuffer(text, np.uint8)
-        header[:] = len(documents), len(text), int(continues), 0
-        return len(text)
+        np.cumsum(lengths, out=offsets[1 : count + 1])
+        room[:size] = np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), np.uint8)
+        header[:] = count, size, int(continues), 0
+        return size
 
     def read(self, slot: int) -> Block:
         """The block in a slot, as views: valid until the supervisor gives the slot away."""

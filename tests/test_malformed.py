@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.blocks import Texts
 from pipeline.codecs import open_documents
 from pipeline.errors import ShardError
 from pipeline.messages import BadRecord
@@ -26,10 +27,13 @@ def test_outcome(tmp_path: Path, case: Case) -> None:
     said = None
     try:
         for document in open_documents(str(path), case.name, "text"):
-            if isinstance(document, bytes):
-                texts.append(document.decode())
-            else:
-                bad.append(document)
+            match document:
+                case bytes():
+                    texts.append(document.decode())
+                case Texts():
+                    texts += [one.decode() for one in document.one_by_one()]
+                case _:
+                    bad.append(document)
     except ShardError as error:
         said = str(error)
         assert case.name in error.what

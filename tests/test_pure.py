@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import budget
-from pipeline.blocks import blocks
+from pipeline.blocks import BlockData, Texts, blocks
 from pipeline.config import Scheduler
 from pipeline.encoding import safe_cut
 from pipeline.errors import BudgetError
@@ -84,11 +87,18 @@ def test_a_floor_holds_any_shard_whose_size_is_known(sizes: list[int | None], st
 WORDS = st.text(st.sampled_from("ab c\n.é1'"), max_size=60).map(str.encode)
 
 
-@given(
-    st.lists(st.one_of(WORDS, st.just(BadRecord("x", "y"))), max_size=30),
-    st.integers(8, 40),
-    st.integers(1, 5),
-)
+DOCUMENTS = st.lists(st.one_of(WORDS, st.just(BadRecord("x", "y"))), max_size=30)
+
+
+def pieces_of(block: BlockData) -> list[bytes]:
+    """A block's documents, each as bytes of its own."""
+    raw = b"".join(bytes(piece) for piece in block.pieces)
+    assert len(raw) == sum(block.lengths)
+    ends = list(itertools.accumulate(block.lengths, initial=0))
+    return [raw[start:end] for start, end in itertools.pairwise(ends)]
+
+
+@given(DOCUMENTS, st.integers(8, 40), st.integers(1, 5))
 def test_blocks_hold_every_document_in_order(
     documents: list[bytes | BadRecord], block_bytes: int, most: int
 ) -> None:
@@ -96,10 +106,11 @@ def test_blocks_hold_every_document_in_order(
     made = list(blocks(documents, block_bytes=block_bytes, max_documents=most, cut=cut))
     joined: list[bytes] = []
     for block in made:
-        assert sum(map(len, block.documents)) <= block_bytes
-        assert len(block.documents) <= most
-        assert block.begins == len(block.documents) - block.continues
-        for number, piece in enumerate(block.documents):
+        pieces = pieces_of(block)
+        assert sum(block.lengths) <= block_bytes
+        assert len(pieces) <= most
+        assert block.begins == len(pieces) - block.continues
+        for number, piece in enumerate(pieces):
             if block.continues and number == 0:
                 joined[-1] += piece
             else:
@@ -111,6 +122,27 @@ def test_blocks_hold_every_document_in_order(
     assert all(any(document == other for other in remaining) for document in joined)
     if lost:
         assert any(len(d) > block_bytes for d in kept)
+
+
+@given(DOCUMENTS, st.integers(8, 40), st.integers(1, 5), st.data())
+def test_documents_in_one_buffer_make_the_same_blocks(
+    documents: list[bytes | BadRecord], block_bytes: int, most: int, data: st.DataObject
+) -> None:
+    """Runs of documents are handed over in one buffer, cut out of a larger one."""
+    together: list[bytes | Texts | BadRecord] = []
+    for is_text, run in itertools.groupby(documents, lambda one: isinstance(one, bytes)):
+        some = list(run)
+        if is_text and data.draw(st.booleans()):
+            ends = np.cumsum([3, *map(len, some)])  # type: ignore[arg-type]
+            text = np.frombuffer(b"xyz" + b"".join(some) + b"w", np.uint8)  # type: ignore[arg-type]
+            together.append(Texts(text, ends))
+        else:
+            together += some
+    rule: Any = {"block_bytes": block_bytes, "max_documents": most, "cut": safe_cut("gpt2")}
+    one_by_one, at_once = list(blocks(documents, **rule)), list(blocks(together, **rule))
+    assert [pieces_of(block) for block in at_once] == [pieces_of(block) for block in one_by_one]
+    for ours, other in zip(at_once, one_by_one, strict=True):
+        assert (ours.continues, ours.begins, ours.bad) == (other.continues, other.begins, other.bad)
 
 
 @given(

@@ -101,8 +101,9 @@ def test_a_window_across_slots_is_refused() -> None:
 def test_text_slots_hold_documents(documents: list[bytes], continues: bool) -> None:
     shape = TextLayout(slots=2, text_bytes=1200, documents=20)
     slots = text.TextSlots(bytearray(text.size_bytes(shape)), shape)
-    slots.write(0, [b"other"], continues=False)
-    assert slots.write(1, documents, continues=continues) == sum(map(len, documents))
+    slots.write(0, [b"other"], [5], continues=False)
+    lengths = [len(document) for document in documents]
+    assert slots.write(1, documents, lengths, continues=continues) == sum(lengths)
     block = slots.read(1)
     raw = block.text.tobytes()
     bounds = list(zip(block.offsets, block.offsets[1:], strict=False))
@@ -114,8 +115,8 @@ def test_text_slots_hold_documents(documents: list[bytes], continues: bool) -> N
 def test_text_that_does_not_fit_is_refused() -> None:
     shape = TextLayout(slots=1, text_bytes=10, documents=2)
     slots = text.TextSlots(bytearray(text.size_bytes(shape)), shape)
-    slots.write(0, [b"12345", b"67890"], continues=False)
+    slots.write(0, [b"1234567890"], [5, 5], continues=False)
     with pytest.raises(ValueError, match="do not fit"):
-        slots.write(0, [b"12345", b"678901"], continues=False)
+        slots.write(0, [b"12345678901"], [5, 6], continues=False)
     with pytest.raises(ValueError, match="do not fit"):
-        slots.write(0, [b"", b"", b""], continues=False)
+        slots.write(0, [b""], [0, 0, 0], continues=False)

@@ -113,7 +113,7 @@ class Decompressor:
                 )
             )
             return
-        if block is None or not block.documents:
+        if block is None or not block.lengths:
             self._streams.pop(message.stream).close()
             left = block or BlockData()
             self._channel.send(
@@ -127,7 +127,9 @@ class Decompressor:
             )
             return
         faultpoint("decompressor:mid_block")
-        text_bytes = self._slots.write(message.slot, block.documents, continues=block.continues)
+        text_bytes = self._slots.write(
+            message.slot, block.pieces, block.lengths, continues=block.continues
+        )
         self._channel.send(
             BlockFilled(
                 stream=message.stream,
