@@ -165,7 +165,7 @@ class Trials:
                 "training.hyperparameters.batch_size": size.batch,
                 "training.hyperparameters.gradient_accumulation_steps": 1,
                 "training.hyperparameters.iters": setting.updates,
-                "training.scheduler.warmup_steps": max(1, setting.updates // 20),
+                "training.scheduler.warmup_steps": max(1, setting.updates // 8),
                 "system.seed": setting.seed,
                 **setting.overrides,
             },

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.errors import ShardError
+from pipeline.errors import ConfigError, ShardError
 from pipeline.messages import Cursor
 
 FOLDER = "checkpoints"
@@ -68,6 +68,34 @@ def latest(run_dir: Path) -> Checkpoint | None:
     """
     paths = whole(run_dir)
     return read(paths[-1]) if paths else None
+
+
+def find(run: str, step: int | None) -> Path:
+    """The folder of a whole checkpoint that a user means.
+
+    Args:
+        run: A run's folder, its name, or a checkpoint's folder.
+        step: Which one; None takes the newest.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for folder in (Path(run), Path("runs") / run):
+        if _NAME.fullmatch(folder.name) and (folder / STATE_FILE).is_file():
+            return folder
+        paths = whole(folder)
+        found = [path for path in paths if step is None or path.name == name(step)]
+        if found:
+            return found[-1]
+        if paths:
+            raise ConfigError(
+                f"{folder} has no checkpoint of step {step}",
+                f"it has those of steps {', '.join(str(int(path.name[5:])) for path in paths)}",
+            )
+    raise ConfigError(
+        f"{run} is no run with a checkpoint",
+        "give the folder of a run, as in runs/demo, or train first: fineweb-pipeline start",
+    )
 
 
 def read(path: Path) -> Checkpoint:
