@@ -80,7 +80,7 @@ def load(source: Path | None, size: Size) -> Data:
     of this Python's own library."""
     T = size.context
     if source is not None and source.is_file():
-        tokens = _token_file(source)
+        tokens = writer.read_tokens(source)
         cut = int(len(tokens) * (1 - _HELD_OUT))
         train, held = _windows(tokens[:cut], T), _windows(tokens[cut:], T)
     else:
@@ -90,12 +90,6 @@ def load(source: Path | None, size: Size) -> Data:
         train, held = (_windows(_encode(encoder, part), T) for part in (texts[:cut], texts[cut:]))
     said = f"{len(train):,} training windows of {T} tokens"
     return Data(train, held[:_VALIDATION_WINDOWS], size.vocab, said)
-
-
-def _token_file(path: Path) -> np.ndarray:
-    head = np.fromfile(path, "<i4", 3)
-    kind = {magic: f"<u{width}" for width, (magic, _) in writer._FORMATS.items()}[int(head[0])]
-    return np.fromfile(path, kind, offset=writer.HEADER_BYTES)
 
 
 def _encode(encoder: encoding.Encoder, texts: list[bytes]) -> np.ndarray:
