@@ -209,7 +209,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loop.weights.update(one.weights)
     loop.step = 12
     cursor = Cursor(identity.fingerprint({}), {}, (LaneCursor(0, 0, 0, 0),))
-    checkpoint.save(loop, folder, cursor, keep=1)
+    checkpoint.write(checkpoint.snapshot(loop, cursor), folder, one.config.logging)
     return folder
 
 
