@@ -115,6 +115,7 @@ def cli() -> None:
     fineweb-pipeline tokenize --shards PATTERN --out DIR
     fineweb-pipeline generate RUN "Once upon a time"
     fineweb-pipeline export RUN --out DIR
+    fineweb-pipeline report RUN
     """
 
 
@@ -233,6 +234,7 @@ def tokenize(
 
 cli.add_command(cli_runs.generate)
 cli.add_command(cli_runs.export)
+cli.add_command(cli_runs.report)
 
 
 # ── helpers ─────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Commands on a run that has checkpoints: generate and export.
+"""Commands on a run that has been: generate, export and report.
 
 Runs in: the command line's own process. The trainer's code, and mlx with it, is imported by name
 and only when one of these commands runs.
@@ -76,3 +76,27 @@ def export(run: str, out: Path, step: int | None, dtype: str, as_json: bool) -> 
     else:
         size = result["size_bytes"] / 1e6
         click.echo(f"{out}: step {result['step']}, {size:.1f} MB, weights in {dtype}")
+
+
+@click.command()
+@click.argument("run")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Page to write.  [default: NAME-report.html here]")  # fmt: skip
+def report(run: str, out: Path | None) -> None:
+    """Make one HTML page about RUN: a run's folder, or its name. The run may still be going on.
+
+    Loss, rates, stalls by stage, disk over time, samples and configuration, in one file that
+    needs nothing else.
+
+    \b
+    Examples:
+      fineweb-pipeline report demo
+      fineweb-pipeline report runs/fineweb-80m --out /tmp/fineweb-80m.html
+    """
+    from pipeline import page
+
+    folder = Path(run) if Path(run).is_dir() else Path("runs") / run
+    target = out or Path(f"{folder.resolve().name}-report.html")
+    text = page.render(folder)
+    target.write_text(text, encoding="utf-8")
+    click.echo(f"{target}: {len(text) / 1e3:.0f} kB")

@@ -162,6 +162,8 @@ class Logging(Section):
     keep_best: bool = False  # also the one of the lowest validation loss
     keep_every: int | None = None  # also those of every n-th update; null: none
     max_log_mb: float = 64.0  # all log files of the run, inside the disk budget
+    tensorboard: bool = False  # also event files in tensorboard/, at most max_log_mb more
+    wandb: str | None = None  # also a run in this project of Weights & Biases
     sample_prompt: str | None = None  # text to continue at the end of the run; null: none
     sample_tokens: int = 48
 

@@ -47,6 +47,11 @@ def disk_bytes(config: Config) -> int:
     return tokens + writer.HEADER_BYTES + _STATE_BYTES + int(_LOG_MB * 1e6)
 
 
+def size_bytes(run_dir: Path) -> int:
+    """What the folder takes now."""
+    return sum(path.stat().st_size for path in (run_dir / FOLDER).rglob("*") if path.is_file())
+
+
 def job_for(job: Job) -> Job:
     """The tokenize job that makes the validation tokens of a training job."""
     config = job.config

@@ -17,8 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import yaml
 
-from pipeline import cache, catalog, checkpoints, encoding, held_out, identity, sizes
+from pipeline import (
+    cache,
+    catalog,
+    checkpoints,
+    encoding,
+    held_out,
+    identity,
+    sizes,
+    trackers,
+)
 from pipeline.config import Config, to_plain
 from pipeline.errors import ExitCode, WorkerCrashError
 from pipeline.generation import ConsumerDiedError, Generation, Hooks, Setup, evict_files
@@ -154,7 +164,7 @@ class _Run:
         self.log = RunLog(self.run_dir, log_bytes)
         self.fixed_bytes = log_bytes + _SMALL_FILES_BYTES
         if job.kind == "train":
-            self.fixed_bytes += held_out.disk_bytes(self.config)
+            self.fixed_bytes += held_out.disk_bytes(self.config) + trackers.disk_bytes(self.config)
         options = {
             name: getattr(self.stream, name)
             for name in ("max_retries", "timeout_s", "min_bytes_per_s")
@@ -172,6 +182,11 @@ class _Run:
         self.eot, self.token_bytes = encoder.eot, encoder.dtype.itemsize
         self.sizes = sizes.split(sizes.usable_cpus(), job.kind, self.stream)
         self.reporter = Reporter(job, view, self.log, self.lanes, self.started)
+        if job.kind == "train":
+            plain = to_plain(self._shown())
+            (self.run_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+            self.reporter.other_bytes = held_out.size_bytes(self.run_dir)
+            self.reporter.trackers = trackers.make(self.config, self.run_dir, plain)
         self.reporter.event("info", "workers_chosen", **msgspec.structs.asdict(self.sizes))
 
     # ── the whole run ───────────────────────────────────────────────────────────────────────
