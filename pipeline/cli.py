@@ -13,7 +13,7 @@ from typing import Any
 import click
 import msgspec
 
-from pipeline import checkpoints, config, supervisor
+from pipeline import checkpoints, cli_runs, config, supervisor
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ExitCode, FinewebError
 from pipeline.supervisor import Job, Outcome
@@ -113,6 +113,9 @@ def cli() -> None:
     fineweb-pipeline start                 a demonstration that needs nothing
     fineweb-pipeline start --shards PATTERN --config model-config-80m-fineweb
     fineweb-pipeline tokenize --shards PATTERN --out DIR
+    fineweb-pipeline generate RUN "Once upon a time"
+    fineweb-pipeline export RUN --out DIR
+    fineweb-pipeline report RUN
     """
 
 
@@ -227,6 +230,11 @@ def tokenize(
     if fresh and any(Path(out).glob("tokens_*.bin*")):
         _confirm(yes, f"{out} has token files")
     _finish(_run(job, plain), as_json)
+
+
+cli.add_command(cli_runs.generate)
+cli.add_command(cli_runs.export)
+cli.add_command(cli_runs.report)
 
 
 # ── helpers ─────────────────────────────────────────────────────────────────────────────────

@@ -57,10 +57,19 @@ class Stream(Section):
     min_bytes_per_s: float = 10_000  # so is one slower than this over timeout_s; 0: no limit
 
 
+class Validation(Section):
+    """Text that is never trained on; without shards and share there is no validation."""
+
+    shards: list[str] = []  # patterns of shards of their own
+    share: float = 0.0  # or this share of the training shards' documents, by a hash of their text
+    tokens: int = 262_144  # the first tokens of those documents
+
+
 class Data(Section):
     preprocessing: Preprocessing = Preprocessing()
     tokenizer: Tokenizer = Tokenizer()
     stream: Stream = Stream()
+    validation: Validation = Validation()
 
 
 # ── model ───────────────────────────────────────────────────────────────────────────────────
@@ -143,13 +152,18 @@ class Training(Section):
 class Steps(Section):
     logging_interval: int = 1  # updates between log lines
     checkpoint_interval: int = 500  # updates between checkpoints; the last update always has one
+    validation_interval: int = 250  # updates between validations, if any; the last one has one
 
 
 class Logging(Section):
     runs_dir: str = "runs"  # the run's folder is runs_dir/name
     steps: Steps = Steps()
     keep_checkpoints: int = 2  # newest checkpoints kept
+    keep_best: bool = False  # also the one of the lowest validation loss
+    keep_every: int | None = None  # also those of every n-th update; null: none
     max_log_mb: float = 64.0  # all log files of the run, inside the disk budget
+    tensorboard: bool = False  # also event files in tensorboard/, at most max_log_mb more
+    wandb: str | None = None  # also a run in this project of Weights & Biases
     sample_prompt: str | None = None  # text to continue at the end of the run; null: none
     sample_tokens: int = 48
 
@@ -264,6 +278,7 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
     stream, hyper = config.data.stream, config.training.hyperparameters
     dims, heads = config.model.dimensions, config.model.attention
     schedule, log = config.training.scheduler, config.logging
+    validation = config.data.validation
     kv_heads = heads.num_kv_heads or heads.num_heads
     head_dim = heads.head_dim or dims.hidden_size // heads.num_heads
     seq_len = config.data.preprocessing.max_context_size
@@ -289,7 +304,10 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         "training.optimization.ns_steps": config.training.optimization.ns_steps,
         "logging.steps.logging_interval": log.steps.logging_interval,
         "logging.steps.checkpoint_interval": log.steps.checkpoint_interval,
+        "logging.steps.validation_interval": log.steps.validation_interval,
         "logging.keep_checkpoints": log.keep_checkpoints,
+        "logging.keep_every": 1 if log.keep_every is None else log.keep_every,
+        "data.validation.tokens": validation.tokens,
     }
     rules = [(value > 0, key, f"{value} is not positive") for key, value in positive.items()]  # type: ignore[operator]
     rules += [
@@ -302,6 +320,22 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         (hyper.gradient_clip >= 0, "training.hyperparameters.gradient_clip", "it is negative"),
         (0 <= schedule.min_lr_ratio <= 1, "training.scheduler.min_lr_ratio", "it is not in [0, 1]"),
         (schedule.warmup_steps >= 0, "training.scheduler.warmup_steps", "it is negative"),
+        (0 <= validation.share < 1, "data.validation.share", "it is not in [0, 1)"),
+        (
+            not (validation.shards and validation.share),
+            "data.validation.shards",
+            "give shards or a share, not both",
+        ),
+        (
+            bool(validation.shards) or validation.share > 0 or not log.keep_best,
+            "logging.keep_best",
+            "the best is told by validation: give data.validation.shards or .share",
+        ),
+        (
+            log.keep_every is None or log.keep_every % log.steps.checkpoint_interval == 0,
+            "logging.keep_every",
+            f"{log.keep_every} is no multiple of logging.steps.checkpoint_interval",
+        ),
         (
             heads.num_heads % kv_heads == 0,
             "model.attention.num_kv_heads",

@@ -17,20 +17,34 @@ from pipeline.catalog import Shard
 from pipeline.config import Config
 from pipeline.errors import CursorMismatchError
 from pipeline.messages import Cursor
+from pipeline.redaction import redact
 
 
-def identity(config: Config, shards: Sequence[Shard], lanes: int) -> dict[str, str]:
-    """Everything that the tokens depend on, as text a person can compare."""
+def identity(
+    config: Config, shards: Sequence[Shard], lanes: int, *, held_out: bool = False
+) -> dict[str, str]:
+    """Everything that the tokens depend on, as text a person can compare.
+
+    Args:
+        config: The run's.
+        shards: The catalog.
+        lanes: Number of lanes.
+        held_out: The stream is that of the documents that training does not see.
+    """
     listing = xxhash.xxh3_128_hexdigest(
         msgspec.json.encode([(shard.name, shard.size_bytes, shard.version) for shard in shards])
     )
     stream, tokenizer = config.data.stream, config.data.tokenizer
+    validation = config.data.validation
+    apart = [redact(pattern) for pattern in validation.shards]
     return {
         "shards": f"{len(shards)} shards, {listing}",
         "data.stream.text_field": stream.text_field,
         "data.stream.lanes": str(lanes),
         "data.stream.shuffle": str(stream.shuffle),
         "data.stream.block_bytes": str(stream.block_bytes),
+        "data.validation.shards": ", ".join(apart) or "none",
+        "data.validation.share": f"{validation.share}{', held out' if held_out else ''}",
         "data.tokenizer.name": tokenizer.name,
         "data.tokenizer.vocab_size": str(tokenizer.vocab_size),
         "data.preprocessing.max_context_size": str(config.data.preprocessing.max_context_size),

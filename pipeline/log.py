@@ -82,16 +82,10 @@ class RunLog:
         line = _render(None, level, {"timestamp": _now(), "level": level, "event": event, **fields})
         self._write("log.txt", f"{line}\n".encode())
 
-    def step(self, metrics: dict[str, Any], disk: DiskStatus) -> None:
+    def step(self, record: dict[str, Any], disk: DiskStatus) -> None:
         """One update: a line for people in log.txt, everything in metrics.jsonl."""
-        self._write("log.txt", f"{_now()} {step_line(metrics, disk)}\n".encode())
-        record = {
-            "time": _now(),
-            **metrics,
-            "disk_used_bytes": disk.used_bytes,
-            "disk_budget_bytes": disk.budget_bytes,
-        }
-        self._write("metrics.jsonl", _json(record) + b"\n")
+        self._write("log.txt", f"{_now()} {step_line(record, disk)}\n".encode())
+        self._write("metrics.jsonl", _json({"time": _now(), **record}) + b"\n")
 
     def _write(self, name: str, line: bytes) -> None:
         try:

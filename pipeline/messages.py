@@ -184,6 +184,8 @@ class DecompressorSetup(Message):
     text: TextLayout
     encoding: str  # decides where a document larger than a text slot may be cut
     text_field: str
+    share: float = 0.0  # of the documents is held out; see pipeline/holdout.py
+    held_out: bool = False  # hand over those instead of the others
 
 
 class OpenShard(Message):
@@ -329,6 +331,7 @@ class TrainerSetup(Message):
     config: dict[str, Any]
     run_dir: str
     checkpoint: str | None
+    validation: str | None = None  # token file; None: no validation
 
 
 class ConsumerReady(Message):

@@ -6,6 +6,7 @@ Runs in: supervisor. Reads the scheduler's state, decides nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ import psutil
 from pipeline import checkpoints
 from pipeline.log import RunLog
 from pipeline.messages import CheckpointWritten
+from pipeline.power import Power
 from pipeline.state import FileState, State, Worker
 from pipeline.status import DiskStatus, StageStatus, Status, View
+from pipeline.trackers import Tracker
 
 if TYPE_CHECKING:
     from pipeline.generation import Generation
@@ -62,6 +65,11 @@ class Reporter:
         self.peak_disk_bytes = 0
         self.peak_rss_bytes = 0
         self.metrics: dict[str, Any] = {}
+        self.trackers: Sequence[Tracker] = ()
+        self.other_bytes = 0  # of the validation tokens' folder
+        self._picture: Status | None = None  # a quarter of a second old at most
+        self._power = Power()
+        self._watts: float | None = None
         self._checkpoint_bytes = 0
         self._lanes = lanes
         self._rates: dict[str, _Rate] = {}
@@ -96,8 +104,28 @@ class Reporter:
         self.metrics = metrics
         if self.job.kind == "train":
             disk = self.disk()
-            self.log.step(metrics, disk)
+            record = {**metrics, **self._surroundings(disk)}
+            self.log.step(record, disk)
+            for tracker in self.trackers:
+                tracker.step(record)
             self.view.event("info", "step_done", **metrics)
+
+    def _surroundings(self, disk: DiskStatus) -> dict[str, Any]:
+        """What stands beside an update's own metrics: disk, stages as last measured, power."""
+        said: dict[str, Any] = {
+            f"disk_{name}_bytes": getattr(disk, f"{name}_bytes")
+            for name in ("used", "budget", "cached", "reserved", "checkpoint", "log")
+        }
+        for stage in self._picture.stages if self._picture else ():
+            said[f"{stage.name}_busy"] = round(stage.busy, 4)
+            per_s = "tokens" if stage.unit == "tok/s" else "bytes"
+            said[f"{stage.name}_{per_s}_per_s"] = round(stage.rate)
+        if self._picture and self.generation:
+            said["ring_fill"] = round(self._picture.ring_fill, 4)
+            said["limiting_stage"] = self.generation.scheduler.limiting()
+        if self._watts is not None:
+            said["power_w"] = round(self._watts, 1)
+        return said
 
     def checkpoint_written(self, message: CheckpointWritten) -> None:
         self._checkpoint_bytes = message.size_bytes
@@ -121,7 +149,9 @@ class Reporter:
         if now - self._memory_at >= _MEMORY_EVERY_S:
             self._memory_at = now
             self._measure_memory()
-        self.view.update(self.status())
+            self._watts = self._power.watts()
+        self._picture = self.status()
+        self.view.update(self._picture)
 
     def disk(self) -> DiskStatus:
         """Bytes on disk, reservations of fetches under way counted in full; notes the peak."""
@@ -132,7 +162,8 @@ class Reporter:
         reserved = sum(file.reserved_bytes for file in files) - cached_bytes
         writing = self.generation.writing_bytes if self.generation else 0
         checkpoint_bytes = self._checkpoint_bytes + writing
-        used = cached_bytes + reserved + checkpoint_bytes + self.log.bytes
+        log_bytes = self.log.bytes + self.other_bytes + sum(one.bytes for one in self.trackers)
+        used = cached_bytes + reserved + checkpoint_bytes + log_bytes
         self.peak_disk_bytes = max(self.peak_disk_bytes, used)
         return DiskStatus(
             budget_bytes=int(self.job.config.data.stream.max_disk_gb * 1e9),
@@ -140,7 +171,7 @@ class Reporter:
             cached_bytes=cached_bytes,
             reserved_bytes=reserved,
             checkpoint_bytes=checkpoint_bytes,
-            log_bytes=self.log.bytes,
+            log_bytes=log_bytes,
             peak_bytes=self.peak_disk_bytes,
             evicted_bytes=state.evicted_bytes if state else 0,
             evicted_shards=state.evicted_shards if state else 0,
@@ -273,3 +304,5 @@ class Reporter:
 
     def close(self) -> None:
         self.view.update(self.status())
+        for tracker in self.trackers:
+            tracker.close()

@@ -17,8 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import yaml
 
-from pipeline import cache, catalog, checkpoints, encoding, identity, sizes
+from pipeline import (
+    cache,
+    catalog,
+    checkpoints,
+    encoding,
+    held_out,
+    identity,
+    sizes,
+    trackers,
+)
 from pipeline.config import Config, to_plain
 from pipeline.errors import ExitCode, WorkerCrashError
 from pipeline.generation import ConsumerDiedError, Generation, Hooks, Setup, evict_files
@@ -62,6 +72,7 @@ class Job(msgspec.Struct, frozen=True):
     fresh: bool = False
     limit_tokens: int | None = None
     file_tokens: int = 100_000_000
+    held_out: bool = False  # of the documents that training does not see
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -83,12 +94,26 @@ def run(job: Job, view: View) -> Outcome:
     with cache.own(Path(job.cache_dir)), _signals() as stops:
         if job.fresh:
             _start_over(job, run_dir)
-        return _Run(job, view, stops).run()
+        return _hold_out(job, view, stops) or _Run(job, view, stops).run()
+
+
+def _hold_out(job: Job, view: View, stops: _Stops) -> Outcome | None:
+    """Make the validation tokens if they are wanted and not there; an outcome if that was
+    stopped."""
+    if job.kind != "train" or not held_out.wanted(job.config):
+        return None
+    inner = held_out.job_for(job)
+    if held_out.is_ready(inner):
+        return None
+    Path(inner.run_dir).mkdir(parents=True, exist_ok=True)
+    outcome = _Run(inner, view, stops).run()
+    return None if outcome.complete else outcome
 
 
 def _start_over(job: Job, run_dir: Path) -> None:
     """Forget an earlier run; the command line has asked."""
     shutil.rmtree(run_dir / checkpoints.FOLDER, ignore_errors=True)
+    shutil.rmtree(run_dir / held_out.FOLDER, ignore_errors=True)
     patterns = ["log.txt*", "metrics.jsonl*", "bad_records.jsonl*"]
     if job.kind == "tokenize":
         patterns += [writer.STATE_FILE, "tokens_*.bin", "tokens_*.bin.partial"]
@@ -138,6 +163,8 @@ class _Run:
         log_bytes = int(self.config.logging.max_log_mb * 1e6)
         self.log = RunLog(self.run_dir, log_bytes)
         self.fixed_bytes = log_bytes + _SMALL_FILES_BYTES
+        if job.kind == "train":
+            self.fixed_bytes += held_out.disk_bytes(self.config) + trackers.disk_bytes(self.config)
         options = {
             name: getattr(self.stream, name)
             for name in ("max_retries", "timeout_s", "min_bytes_per_s")
@@ -145,12 +172,21 @@ class _Run:
         self.source_options: dict[str, Any] = options
         self.shards = catalog.build(self.stream.shards, options)
         self.lanes = min(self.stream.lanes, len(self.shards))
-        self.identity = identity.identity(self.config, self.shards, self.lanes)
+        if not job.held_out:
+            held_out.check_apart(self.config, [shard.name for shard in self.shards])
+        self.identity = identity.identity(
+            self.config, self.shards, self.lanes, held_out=job.held_out
+        )
         tokenizer = self.config.data.tokenizer
         encoder = encoding.load(tokenizer.name, tokenizer.vocab_size)
         self.eot, self.token_bytes = encoder.eot, encoder.dtype.itemsize
         self.sizes = sizes.split(sizes.usable_cpus(), job.kind, self.stream)
         self.reporter = Reporter(job, view, self.log, self.lanes, self.started)
+        if job.kind == "train":
+            plain = to_plain(self._shown())
+            (self.run_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+            self.reporter.other_bytes = held_out.size_bytes(self.run_dir)
+            self.reporter.trackers = trackers.make(self.config, self.run_dir, plain)
         self.reporter.event("info", "workers_chosen", **msgspec.structs.asdict(self.sizes))
 
     # ── the whole run ───────────────────────────────────────────────────────────────────────
@@ -216,7 +252,7 @@ class _Run:
             documents=stream.block_bytes // _MIN_DOCUMENT_BYTES,
         )
         positions = tuple(lane.position for lane in cursor.lanes)
-        kept = self.config.logging.keep_checkpoints
+        kept = checkpoints.most(self.config)
         self.reporter.checkpoints(self.run_dir)
         text_fd = segment.create(text.size_bytes(text_layout))
         ring_fd = segment.create(ring.size_bytes(ring_layout))
@@ -239,7 +275,8 @@ class _Run:
     def _checkpoint_bytes(self, size: int, kept: int) -> int | None:
         if self.job.kind == "tokenize":
             return 0
-        return size * (kept + 1) or None
+        # an earlier run may have been allowed to keep more: the trainer deletes them first
+        return max(size * (kept + 1), checkpoints.size_bytes(self.run_dir)) or None
 
     def _plan(self, cursor: Cursor, ring_layout: RingLayout, text_slots: int) -> Plan:
         stream = self.stream
@@ -289,7 +326,12 @@ class _Run:
         consumer: Message
         if self.job.kind == "train":
             consumer = TrainerSetup(
-                ring_layout, positions, to_plain(self._shown()), str(self.run_dir), checkpoint
+                ring_layout,
+                positions,
+                to_plain(self._shown()),
+                str(self.run_dir),
+                checkpoint,
+                self._validation_file(),
             )
         else:
             consumer = WriterSetup(
@@ -306,7 +348,13 @@ class _Run:
             consumer_role="trainer" if self.job.kind == "train" else "writer",
             consumer=consumer,
             fetcher=FetcherSetup(str(self.cache_dir), self.source_options),
-            decompressor=DecompressorSetup(text_layout, tokenizer.name, self.stream.text_field),
+            decompressor=DecompressorSetup(
+                text_layout,
+                tokenizer.name,
+                self.stream.text_field,
+                self.config.data.validation.share,
+                self.job.held_out,
+            ),
             tokenizer=TokenizerSetup(
                 text_layout, ring_layout, tokenizer.name, tokenizer.vocab_size
             ),
@@ -316,10 +364,18 @@ class _Run:
 
     def _shown(self) -> Config:
         """The configuration as it may be stored in checkpoints: without the shards' secrets."""
-        shards = [redact(pattern) for pattern in self.stream.shards]
-        stream = msgspec.structs.replace(self.stream, shards=shards)
-        data = msgspec.structs.replace(self.config.data, stream=stream)
+        data = self.config.data
+        stream, validation = (
+            msgspec.structs.replace(one, shards=[redact(pattern) for pattern in one.shards])
+            for one in (data.stream, data.validation)
+        )
+        data = msgspec.structs.replace(data, stream=stream, validation=validation)
         return msgspec.structs.replace(self.config, data=data)
+
+    def _validation_file(self) -> str | None:
+        if not held_out.wanted(self.config):
+            return None
+        return str(held_out.tokens_file(held_out.job_for(self.job)))
 
     def _hooks(self) -> Hooks:
         keys = [shard.key for shard in self.shards]

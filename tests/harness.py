@@ -91,14 +91,16 @@ def job(
     changes: keys of data.stream, or of the job itself.
     """
     own = {
-        key: changes.pop(key) for key in ("limit_tokens", "file_tokens", "fresh") if key in changes
+        key: changes.pop(key)
+        for key in ("limit_tokens", "file_tokens", "fresh", "held_out")
+        if key in changes
     }
     sections = {
         key: changes.pop(key)
         for key in ("model", "training", "logging", "system")
         if key in changes
     }
-    tokenizer = changes.pop("tokenizer", {})
+    tokenizer, validation = changes.pop("tokenizer", {}), changes.pop("validation", {})
     stream = {
         "shards": [str(shard) for shard in shards],
         "lanes": 1,
@@ -117,6 +119,7 @@ def job(
             "preprocessing": {"max_context_size": 64},
             "tokenizer": tokenizer,
             "stream": stream,
+            "validation": validation,
         },
         "logging": {"max_log_mb": 0.5, **sections.pop("logging", {})},
         **sections,

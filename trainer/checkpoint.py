@@ -1,21 +1,31 @@
-"""Checkpoints: written aside, made durable, renamed; restored bit for bit.
+"""Checkpoints: a snapshot of the loop, written aside by a thread, made durable, renamed.
 
-Runs in: trainer. What a whole checkpoint looks like stands in pipeline/checkpoints.py.
+Runs in: trainer. What a whole checkpoint looks like, and which are kept, stands in
+pipeline/checkpoints.py.
+
+A snapshot costs no copy and no wait: MLX's arrays never change, an update makes new ones, so
+holding the old ones is enough, and training goes on while they are written (a second set of
+weights and optimizer state is in memory for so long). On CUDA reading an array from the host
+moves it, which must not happen under a running kernel: there the snapshot is a copy.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import msgspec
+import numpy as np
 
 from pipeline import checkpoints
 from pipeline.checkpoints import CheckpointState
-from pipeline.config import to_plain
+from pipeline.config import Logging, to_plain
 from pipeline.errors import ShardError
 from pipeline.faults import faultpoint
 from pipeline.messages import Cursor
@@ -39,27 +49,20 @@ def _flat(loop: Loop) -> Arrays:
     }
 
 
-def save(loop: Loop, run_dir: Path, cursor: Cursor, keep: int) -> tuple[Path, int]:
-    """Write a checkpoint of the loop as it stands and delete those beyond keep.
+# ── writing ─────────────────────────────────────────────────────────────────────────────────
 
-    At no instant do more than keep + 1 lie on the disk.
 
-    Returns:
-        Its folder, and the bytes of all checkpoints.
-    """
-    folder = run_dir / checkpoints.FOLDER
-    folder.mkdir(exist_ok=True)
-    clean(run_dir)
-    _prune(run_dir, keep)
-    target = folder / checkpoints.name(loop.step)
-    partial = target.with_name(f"{target.name}.partial")
-    partial.mkdir()
-    for part, arrays in zip(_PARTS, (loop.weights, _flat(loop)), strict=True):
-        with (partial / f"{part}.safetensors").open("wb") as file:
-            mx.save_safetensors(file, arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        faultpoint("checkpoint:mid_write")
+class Snapshot(NamedTuple):
+    """Everything of one moment that a checkpoint holds."""
+
+    arrays: dict[str, dict[str, np.ndarray]]  # part → name → float32
+    state: CheckpointState
+
+
+def snapshot(loop: Loop, cursor: Cursor, validation_loss: float | None = None) -> Snapshot:
+    """The loop as it stands. Waits for the newest update to be computed."""
+    mx.eval(loop.weights, loop.state)
+    copy = True if mx.default_device() == mx.gpu and not mx.metal.is_available() else None
     state = CheckpointState(
         step=loop.step,
         tokens=loop.tokens,
@@ -68,9 +71,38 @@ def save(loop: Loop, run_dir: Path, cursor: Cursor, keep: int) -> tuple[Path, in
         first_loss=loop.first_loss,
         config=to_plain(loop.config),
         versions={name: metadata.version(name) for name in ("mlx", "numpy", "fineweb-pipeline")},
+        validation_loss=validation_loss,
     )
+    arrays = {
+        part: {name: np.array(array, copy=copy) for name, array in of.items()}
+        for part, of in zip(_PARTS, (loop.weights, _flat(loop)), strict=True)
+    }
+    return Snapshot(arrays, state)
+
+
+def write(one: Snapshot, run_dir: Path, log: Logging) -> tuple[Path, int]:
+    """Write a snapshot and delete the checkpoints that are not to be kept.
+
+    At no instant do more than checkpoints.most(config) + 1 lie on the disk.
+
+    Returns:
+        Its folder, and the bytes of all checkpoints.
+
+    Raises:
+        OSError: the disk is full, or gone; what was written of it is deleted by clean().
+    """
+    folder = run_dir / checkpoints.FOLDER
+    folder.mkdir(exist_ok=True)
+    clean(run_dir)
+    checkpoints.prune(run_dir, log)
+    target = folder / checkpoints.name(one.state.step)
+    partial = target.with_name(f"{target.name}.partial")
+    partial.mkdir()
+    for part, arrays in one.arrays.items():
+        _write_safetensors(partial / f"{part}.safetensors", arrays)
+        faultpoint("checkpoint:mid_write")
     with (partial / checkpoints.STATE_FILE).open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(state)))
+        file.write(msgspec.json.format(msgspec.json.encode(one.state)))
         file.flush()
         os.fsync(file.fileno())
     _sync(partial)
@@ -80,8 +112,72 @@ def save(loop: Loop, run_dir: Path, cursor: Cursor, keep: int) -> tuple[Path, in
     partial.rename(target)
     _sync(folder)
     faultpoint("checkpoint:after_rename")
-    _prune(run_dir, keep)
+    checkpoints.prune(run_dir, log)
     return target, checkpoints.size_bytes(run_dir)
+
+
+def _write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """The format of Hugging Face's safetensors, straight from the arrays' memory: the length of a
+    JSON header, the header, the bytes. mx.save_safetensors would compute on MLX's own threads."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        assert array.dtype == np.float32, f"{name} is {array.dtype}"
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for array in arrays.values():
+            file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Writer:
+    """Writes one snapshot at a time in a thread.
+
+    Args:
+        run_dir: The run's folder.
+        log: What is kept.
+    """
+
+    def __init__(self, run_dir: Path, log: Logging) -> None:
+        self._run_dir, self._log = run_dir, log
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._future: Future[tuple[Path, int]] | None = None
+        self._one: Snapshot | None = None
+
+    @property
+    def busy(self) -> bool:
+        """A snapshot was given whose result was not taken."""
+        return self._one is not None
+
+    @property
+    def done(self) -> bool:
+        """The result can be taken without waiting."""
+        return self._future is not None and self._future.done()
+
+    def begin(self, one: Snapshot | None = None) -> None:
+        """Write this snapshot, or the last one again after a failure."""
+        self._one = one or self._one
+        assert self._one is not None
+        self._future = self._thread.submit(write, self._one, self._run_dir, self._log)
+
+    def result(self) -> tuple[CheckpointState, Path, int]:
+        """Wait until it is written: its state, its folder, the bytes of all checkpoints.
+
+        Raises:
+            OSError: from write; begin() tries again.
+        """
+        assert self._future is not None and self._one is not None
+        path, size = self._future.result()
+        state, self._one = self._one.state, None
+        return state, path, size
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────
 
 
 def restore(loop: Loop, path: Path) -> None:
@@ -115,16 +211,9 @@ def restore(loop: Loop, path: Path) -> None:
 
 
 def clean(run_dir: Path) -> None:
-    """Delete what a death has left of unfinished checkpoints."""
+    """Delete what a death or a full disk has left of unfinished checkpoints."""
     for path in (run_dir / checkpoints.FOLDER).glob("step-*.partial"):
         shutil.rmtree(path)
-
-
-def _prune(run_dir: Path, keep: int) -> None:
-    for path in checkpoints.whole(run_dir)[:-keep]:
-        gone = path.with_name(f"{path.name}.partial")  # a half-deleted one must not look whole
-        path.rename(gone)
-        shutil.rmtree(gone)
 
 
 def _sync(folder: Path) -> None:

@@ -35,8 +35,11 @@ from shm import ring
 Answer = TypeVar("Answer", CursorIs, CheckpointGranted)
 
 
+_WAIT_S = 60.0  # between looks at the deadline
+
+
 class StopWanted(Exception):  # noqa: N818 - it is no error
-    """The supervisor asked to stop while the feed waited for data."""
+    """The supervisor asked to stop, or the time was up, while the feed waited for data."""
 
 
 class Feed:
@@ -60,6 +63,7 @@ class Feed:
         self._requests = 0
         self._digest = xxhash.xxh3_64()
         self.stop: Stop | None = None
+        self.deadline_s = float("inf")  # of time.monotonic(): training ends then
         self.wait_s = 0.0  # waited for data since the last look
 
     # ── windows ─────────────────────────────────────────────────────────────────────────────
@@ -106,9 +110,14 @@ class Feed:
                 return lane
             if self.stop is not None:
                 raise StopWanted
-            begin = time.perf_counter()
-            self._handle(self._channel.receive())
-            self.wait_s += time.perf_counter() - begin
+            begin = time.monotonic()
+            if begin >= self.deadline_s:
+                raise StopWanted
+            wait_s = min(self.deadline_s - begin, _WAIT_S)
+            message = self._channel.receive(wait_s)
+            if message is not None:
+                self._handle(message)
+            self.wait_s += time.monotonic() - begin
 
     def batch_hash(self) -> str:
         """xxh3_64 of all windows since the last call, in hexadecimal."""

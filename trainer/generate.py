@@ -1,6 +1,6 @@
 """Text from a model, token by token.
 
-Runs in: trainer.
+Runs in: trainer, and the command line's own process for `generate`.
 """
 
 from __future__ import annotations
@@ -38,24 +38,48 @@ def generate(
     Yields:
         Text as it comes; a character is held back until its last byte is there.
     """
-    raw = np.frombuffer(prompt.encode(), np.uint8)
-    tokens = encoder.encode_block(raw, np.array([0, len(raw)]), False).tolist()
-    key = mx.random.key(seed)
-    cache: Cache = [None] * len(model.layers)
-    made: list[int] = []
-    shown = ""
-    for _ in range(max_tokens):
-        logits, cache = model.step(mx.array([tokens]), cache)
-        key, use = mx.random.split(key)
-        token = int(_draw(logits[0, -1].astype(mx.float32), temperature, top_p, use).item())
-        if token == encoder.eot:
-            return
-        made.append(token)
-        tokens = [token]
-        text = encoder.decode(made)
+    held: list[int] = []
+    for token in _tokens(model, encoder, prompt, max_tokens, temperature, top_p, seed):
+        held.append(token)
+        text = encoder.decode(held)
         if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+            yield text
+            held.clear()
+    if held:
+        yield encoder.decode(held)
+
+
+def _tokens(
+    model: Llama,
+    encoder: Encoder,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> Iterator[int]:
+    """Token ids up to the end of text. While one is shown, the next is being computed."""
+    raw = np.frombuffer(prompt.encode(), np.uint8)
+    ids = encoder.encode_block(raw, np.array([0, len(raw)]), False)
+    key = mx.random.key(seed)
+
+    def draw(tokens: mx.array, cache: Cache, key: mx.array) -> tuple[mx.array, Cache]:
+        logits, cache = model.step(tokens[None], cache)
+        token = _draw(logits[0, -1].astype(mx.float32), temperature, top_p, key)
+        mx.async_eval(token)
+        return token, cache
+
+    key, use = mx.random.split(key)
+    token, cache = draw(mx.array(ids), [None] * len(model.layers), use)
+    for number in range(max_tokens):
+        now = token
+        if number + 1 < max_tokens:
+            key, use = mx.random.split(key)
+            token, cache = draw(now[None], cache, use)
+        made = int(now.item())
+        if made == encoder.eot:
+            return
+        yield made
 
 
 def _draw(logits: mx.array, temperature: float, top_p: float, key: mx.array) -> mx.array:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import encoding
+from pipeline import checkpoints, encoding
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
 from pipeline.config import Config, from_plain
@@ -64,7 +64,7 @@ class _Training:
         from trainer.loop import Loop
 
         self.mx, self.checkpoint = mx, checkpoint
-        self.channel, self.started = channel, time.perf_counter()
+        self.channel, started = channel, time.monotonic()
         self.config: Config = from_plain(setup.config)
         self.run_dir = Path(setup.run_dir)
         self.gpu = self._choose_device()
@@ -74,11 +74,18 @@ class _Training:
         half = wanted == "bfloat16" or (wanted == "auto" and self.gpu)
         self.loop = Loop(self.config, self.encoder.vocab_size, mx.bfloat16 if half else mx.float32)
         checkpoint.clean(self.run_dir)
+        checkpoints.prune(self.run_dir, self.config.logging)
+        self.writer = checkpoint.Writer(self.run_dir, self.config.logging)
         if setup.checkpoint is not None:
             checkpoint.restore(self.loop, Path(setup.checkpoint))
         memory = segment.attach(descriptors.ring, ring.size_bytes(setup.ring), writable=False)
         T = self.config.data.preprocessing.max_context_size
         self.feed = Feed(channel, ring.Ring(memory, setup.ring), setup.positions, T)
+        if (limit := self.config.system.time_limit_s) is not None:
+            self.feed.deadline_s = started + limit
+        self.validation = self._validation(setup, T)
+        self.scored = (-1, 0.0)  # step of the newest validation, and its loss
+        self.last: dict[str, Any] = {}  # metrics of the newest update
         self.committed = list(setup.positions)  # consumed by whole updates
         self.saved_step = self.loop.step if setup.checkpoint is not None else -1
         self.flops = self._flops_per_token(T)
@@ -103,6 +110,14 @@ class _Training:
         info = self.mx.device_info(self.mx.default_device())
         return str(info.get("device_name", "unknown"))
 
+    def _validation(self, setup: TrainerSetup, T: int) -> Any:
+        from trainer.validation import Validation
+
+        if setup.validation is None:
+            return None
+        tokenizer, batch = self.config.data.tokenizer, self.loop.hyper.batch_size
+        return Validation(Path(setup.validation), tokenizer, self.encoder, T, batch)
+
     def _flops_per_token(self, T: int) -> int:
         from trainer import model
 
@@ -126,34 +141,73 @@ class _Training:
     # ── training ────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> None:
-        """All updates, then the last checkpoint, a sample and the summary."""
-        loop, total = self.loop, self.config.training.hyperparameters.iters
-        limit = self.config.system.time_limit_s
-        every = self.config.logging.steps.checkpoint_interval
-        ended = timed_out = False
-        last: dict[str, Any] = {}
-        while loop.step < total and not ended and not timed_out and self.feed.stop is None:
+        """All updates, then the last checkpoint and the summary."""
+        loop, total = self.loop, self.loop.hyper.iters
+        ended = False
+        while loop.step < total and not self._must_stop():
             try:
                 ended = not loop.update(self._next_batch, self._batch_facts)
             except StopWanted:
                 break
-            if not ended:
-                self.committed = list(self.feed.positions)
-                last = self._report(loop.metrics()) or last
-                faultpoint("trainer:step")
-            if loop.step % every == 0 and loop.step not in (self.saved_step, total) and not ended:
-                last = self._report(loop.metrics(flush=True)) or last
-                self._save()
+            if ended:
+                break
+            self.committed = list(self.feed.positions)
+            self._report(loop.metrics())
+            faultpoint("trainer:step")
+            self._between_updates()
             self.feed.poll()
-            timed_out = limit is not None and time.perf_counter() - self.started > limit
-        last = self._report(loop.metrics(flush=True)) or last
-        if loop.step != self.saved_step:
-            self._save()
         complete = ended or loop.step >= total
-        summary = self._summary(last, ended, complete or timed_out)
-        if timed_out and not complete:
-            summary["stopped"] = f"time limit of {limit} s"
+        timed_out = not complete and time.monotonic() >= self.feed.deadline_s
+        sample = self._finish(look=complete or timed_out)
+        summary = self._summary(ended, sample)
+        if timed_out:
+            summary["stopped"] = f"time limit of {self.config.system.time_limit_s} s"
         self.channel.send(ConsumerDone(complete, summary))
+
+    def _must_stop(self) -> bool:
+        return self.feed.stop is not None or time.monotonic() >= self.feed.deadline_s
+
+    def _between_updates(self) -> None:
+        """What is due after this update: validation, a checkpoint, news of the one in writing.
+        The last update's come at the end."""
+        step, every = self.loop.step, self.config.logging.steps
+        if step < self.loop.hyper.iters:
+            save = step % every.checkpoint_interval == 0 and step != self.saved_step
+            look = self.validation is not None and (
+                step % every.validation_interval == 0 or (save and self.config.logging.keep_best)
+            )
+            if look or save:
+                self._report(self.loop.metrics(flush=True), self._look() if look else {})
+            if save:
+                self._save()
+        self._settle(wait=False)
+
+    def _finish(self, *, look: bool) -> str | None:
+        """The last look at the model, where the run has come to an end of its own, and the last
+        checkpoint."""
+        unsaved = self.loop.step != self.saved_step
+        said = self._look() if look and self.loop.step else {}
+        self._report(self.loop.metrics(flush=True), said)
+        if unsaved:
+            self._save()
+        self._settle(wait=True)
+        sample = said.get("sample")
+        return None if sample is None else str(sample)
+
+    def _look(self) -> dict[str, Any]:
+        """Validation and a sample of the newest weights; it takes no time of an update's."""
+        begin = time.perf_counter()
+        said: dict[str, Any] = {}
+        if self.validation is not None:
+            score = self.validation.score(self.loop.model, self.loop.weights, self.loop.dtype)
+            said |= score.metrics()
+            self.scored = self.loop.step, score.loss
+        prompt = self.config.logging.sample_prompt
+        if prompt is not None:
+            said["sample"] = prompt + self._sample(prompt)
+        seconds = time.perf_counter() - begin
+        self.loop.pause(seconds)
+        return {**said, "look_s": seconds} if said else {}
 
     def _next_batch(self) -> list[Any] | None:
         rows: list[Any] = []
@@ -168,45 +222,63 @@ class _Training:
         wait_s, self.feed.wait_s = self.feed.wait_s, 0.0
         return {"batch_hash": self.feed.batch_hash(), "wait_s": wait_s}
 
-    def _report(self, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """Send metrics of finished updates; returns the newest."""
+    def _report(self, metrics: list[dict[str, Any]], look: dict[str, Any] | None = None) -> None:
+        """Send metrics of finished updates; what a look says belongs to the newest."""
+        if metrics:
+            self.last = metrics[-1]
+            self.last |= look or {}
         interval = self.config.logging.steps.logging_interval
         for one in metrics:
             if self.peak_flops is not None:
                 one["mfu"] = one["tokens_per_s"] * self.flops / self.peak_flops
-            if one["step"] % interval == 0 or one["step"] == self.loop.hyper.iters:
+            shown = one["step"] % interval == 0 or one["step"] == self.loop.hyper.iters
+            if shown or (look and one is self.last):
                 self.channel.send(StepDone(one))
-        return metrics[-1] if metrics else None
+
+    # ── checkpoints ─────────────────────────────────────────────────────────────────────────
 
     def _save(self) -> None:
+        """Begin a checkpoint of this moment; training goes on while it is written."""
+        self._settle(wait=True)
+        begin = time.perf_counter()
         cursor = self.feed.cursor(self.committed)
         self.feed.reserve(self.checkpoint.largest_bytes(self.loop))
-        begin = time.perf_counter()
-        keep = self.config.logging.keep_checkpoints
-        path, size = self.checkpoint.save(self.loop, self.run_dir, cursor, keep)
+        loss = self.scored[1] if self.scored[0] == self.loop.step else None
+        self.writer.begin(self.checkpoint.snapshot(self.loop, cursor, loss))
         self.saved_step = self.loop.step
-        self.channel.send(CheckpointWritten(self.loop.step, str(path), size, cursor))
         self.loop.pause(time.perf_counter() - begin)
 
-    def _summary(self, last: dict[str, Any], ended: bool, sample: bool) -> dict[str, Any]:
+    def _settle(self, *, wait: bool) -> None:
+        """Tell of a checkpoint that has been written."""
+        if self.writer.busy and (wait or self.writer.done):
+            state, path, size = self.writer.result()
+            self.channel.send(CheckpointWritten(state.step, str(path), size, state.cursor))
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────
+
+    def _summary(self, ended: bool, sample: str | None) -> dict[str, Any]:
         summary: dict[str, Any] = {
             "steps": self.loop.step,
             "tokens": self.loop.tokens,
             "first_loss": self.loop.first_loss,
-            "loss": last.get("loss"),
+            "loss": self.last.get("loss"),
             "stream_ended": ended,
             "unused_tokens": self.feed.unused_tokens() if ended else 0,
         }
-        prompt = self.config.logging.sample_prompt
-        if sample and prompt is not None:
-            summary["sample"] = prompt + self._sample(prompt)
+        for key in ("val_loss", "val_ppl", "val_bpb"):
+            if key in self.last:
+                summary[key] = self.last[key]
+        if sample is not None:
+            summary["sample"] = sample
         return summary
 
     def _sample(self, prompt: str) -> str:
         from mlx.utils import tree_unflatten
 
         from trainer.generate import generate
+        from trainer.model import as_dtype
 
-        self.loop.model.update(tree_unflatten(list(self.loop.weights.items())))
+        weights = as_dtype(self.loop.weights, self.loop.dtype)
+        self.loop.model.update(tree_unflatten(list(weights.items())))
         tokens = self.config.logging.sample_tokens
         return "".join(generate(self.loop.model, self.encoder, prompt, max_tokens=tokens))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline import cache, encoding
+from pipeline import cache, encoding, holdout
 from pipeline.blocks import BlockData, blocks
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
@@ -54,9 +54,12 @@ class _Stream:
 
 def _blocks(message: OpenShard, setup: DecompressorSetup) -> Generator[BlockData, None, None]:
     documents = open_documents(message.path, message.name, setup.text_field)
+    chosen = documents
+    if setup.share > 0:
+        chosen = holdout.select(documents, setup.share, held_out=setup.held_out)
     try:
         yield from blocks(
-            documents,
+            chosen,
             block_bytes=setup.text.text_bytes,
             max_documents=setup.text.documents,
             cut=encoding.safe_cut(setup.encoding),

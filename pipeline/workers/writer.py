@@ -64,6 +64,18 @@ def read_state(out_dir: Path) -> WriterState | None:
         return None
 
 
+def file_name(index: int) -> str:
+    """Of a whole file."""
+    return f"tokens_{index:06d}.bin"
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """The tokens of a whole file, shape (n,), uint16 or uint32. Runs in: trainer, benchmarks."""
+    magic = int(np.fromfile(path, "<i4", 1)[0])
+    width = next(width for width, (known, _) in _FORMATS.items() if known == magic)
+    return np.fromfile(path, f"<u{width}", offset=HEADER_BYTES)
+
+
 def header(tokens: int, token_bytes: int) -> bytes:
     """The 1,024 bytes before the tokens of a file."""
     words = np.zeros(256, "<i4")
@@ -92,7 +104,7 @@ class TokenFiles:
         self._restore(tokens)
 
     def _path(self, index: int, partial: bool = False) -> Path:
-        return self._dir / f"tokens_{index:06d}.bin{'.partial' if partial else ''}"
+        return self._dir / f"{file_name(index)}{'.partial' if partial else ''}"
 
     def _restore(self, tokens: int) -> None:
         """Hash what is there, cut what goes beyond, and open the file that is not full."""

@@ -1,0 +1,135 @@
+"""How many tokens Muon needs to reach the loss at which AdamW ends.
+
+    python -m benchmarks.muon [--data FILE|FOLDER] [--updates N] [--seeds 1 2 3] [--device gpu]
+
+Both are tuned first, over the same number of runs on a seed of its own. Then AdamW trains for all
+updates, and Muon for a half to all of them, each length with its whole schedule (a run that is
+merely cut off has not had its decay); where Muon's final loss over the length crosses AdamW's,
+interpolated per seed, are the tokens that Muon needs. Everything else is the same: model, first
+weights, windows and their order, batch, warm-up, schedule, clipping, weight decay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.trial import Result, Setting, Size, Trials, load
+
+_TUNING_SEED = 100
+_LENGTHS = (0.5, 0.65, 0.8, 1.0)  # of AdamW's updates
+_RATE = "training.hyperparameters.learning_rate"
+_ADAMW_RATE = "training.optimization.adamw_learning_rate"
+_OPTIMIZER = "training.optimization.optimizer"
+# The same number of runs for each: AdamW has one learning rate, Muon has two.
+GRID: dict[str, list[dict[str, Any]]] = {
+    "adamw": [{_RATE: rate} for rate in (1e-3, 1.5e-3, 2e-3, 3e-3, 4.5e-3, 7e-3)],
+    "muon": [{_RATE: m, _ADAMW_RATE: a} for m in (0.01, 0.02, 0.04) for a in (3e-3, 1e-2)],
+}
+
+
+def tune(trials: Trials, updates: int) -> dict[str, list[Result]]:
+    """All runs of the grid, the best first."""
+    return {
+        name: sorted(
+            (
+                trials.run(Setting({_OPTIMIZER: name, **rates}, _TUNING_SEED, updates))
+                for rates in grid
+            ),
+            key=lambda one: one.final,
+        )
+        for name, grid in GRID.items()
+    }
+
+
+def crossing(lengths: list[int], finals: list[float], goal: float) -> float:
+    """The length at which the final loss is goal: linear between lengths, beyond the shortest and
+    the longest along the nearest two."""
+    x, y = np.array(lengths, float), np.array(finals)
+    k = int(np.clip(np.searchsorted(-y, -goal), 1, len(y) - 1))
+    return float(x[k - 1] + (goal - y[k - 1]) * (x[k] - x[k - 1]) / (y[k] - y[k - 1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="token file, or folder of parquet files")
+    parser.add_argument("--updates", type=int, default=200, help="of AdamW's runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--results", type=Path, default=Path("muon.jsonl"), help="goes on from it")
+    parser.add_argument("--plot", type=Path, help="PNG or SVG; needs matplotlib")
+    parser.add_argument("--budget-s", type=float, default=900.0, help="the most one run may take")
+    for field, default in (("hidden", 96), ("layers", 4), ("context", 128), ("vocab", 1024)):
+        parser.add_argument(f"--{field}", type=int, default=default)
+    parser.add_argument("--batch", type=int, default=16, help="windows per update")
+    args = parser.parse_args()
+    size = Size(args.hidden, args.layers, args.context, args.vocab, args.batch)
+    data = load(args.data, size)
+    trials = Trials(data, size, args.results, args.device, args.budget_s)
+    tuned = tune(trials, args.updates)
+    best = {name: runs[0].setting.overrides for name, runs in tuned.items()}
+    lengths = [round(args.updates * share) for share in _LENGTHS]
+    adamw = [trials.run(Setting(best["adamw"], seed, args.updates)) for seed in args.seeds]
+    muon = [
+        [trials.run(Setting(best["muon"], seed, length)) for length in lengths]
+        for seed in args.seeds
+    ]
+    report(tuned, adamw, muon, f"{data.said}, {size}")
+    if args.plot is not None:
+        plot(args.plot, adamw, muon)
+
+
+def report(
+    tuned: dict[str, list[Result]], adamw: list[Result], muon: list[list[Result]], said: str
+) -> None:
+    """Markdown: what was tuned, and the table over the seeds."""
+    print(f"{said}\n")
+    print("| optimizer | learning rates, best of the tuning runs first: held-out loss |\n|---|---|")
+    for name, runs in tuned.items():
+        cells = (
+            f"{' / '.join(f'{v:g}' for k, v in one.setting.overrides.items() if k != _OPTIMIZER)}"
+            f": {one.final:.4f}"
+            for one in runs
+        )
+        print(f"| {name} | {', '.join(cells)} |")
+    print("\n| seed | AdamW, all tokens | Muon, all tokens | tokens Muon needs | share |")
+    print("|---|---|---|---|---|")
+    shares = []
+    for one, several in zip(adamw, muon, strict=True):
+        need = crossing([r.tokens[-1] for r in several], [r.final for r in several], one.final)
+        shares.append(need / one.tokens[-1])
+        print(
+            f"| {one.setting.seed} | {one.final:.4f} | {several[-1].final:.4f} | {need:,.0f} of "
+            f"{one.tokens[-1]:,} | {shares[-1]:.2f} |"
+        )
+    spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
+    print(f"\nMuon needs {statistics.mean(shares):.2f} ± {spread:.2f} of AdamW's tokens.")
+
+
+def plot(path: Path, adamw: list[Result], muon: list[list[Result]]) -> None:
+    """Held-out loss over tokens: a line per run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, one in enumerate(adamw):
+        label = "AdamW" if number == 0 else None
+        axes.plot(one.tokens, one.losses, color="tab:orange", label=label)
+    for number, several in enumerate(muon):
+        for one, alpha in zip(several, (0.35, 0.5, 0.7, 1.0), strict=True):
+            label = "Muon, whole schedule at each length" if number == 0 and alpha == 1 else None
+            axes.plot(one.tokens, one.losses, color="tab:blue", alpha=alpha, label=label)
+    axes.set(xlabel="tokens", ylabel="held-out loss, nats per token", xscale="log")
+    axes.axhline(statistics.mean(one.final for one in adamw), color="tab:orange", ls=":")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

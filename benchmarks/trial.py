@@ -1,0 +1,202 @@
+"""One small training run for an experiment: fixed data, a held-out loss, a line in a file.
+
+Runs in: benchmarks. The loop is the trainer's own; the data is in memory, so that contestants
+see the same windows in the same order and nothing but the step is measured. Results are kept as
+JSON lines by setting: an experiment that was cut off goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from benchmarks import corpus
+from pipeline import config as configuration
+from pipeline import encoding
+from pipeline.workers import writer
+from trainer import blas
+
+blas.preload()
+
+import mlx.core as mx  # noqa: E402
+from mlx.utils import tree_unflatten  # noqa: E402
+
+from trainer import model as llama  # noqa: E402
+from trainer.loop import Loop  # noqa: E402
+
+_HELD_OUT = 0.08  # share of the documents, the last ones
+_VALIDATION_WINDOWS = 96
+_POINTS = 8  # looks at the held-out loss in one run
+
+
+class Size(msgspec.Struct, frozen=True):
+    """Model and batch of all runs of one experiment."""
+
+    hidden: int = 96
+    layers: int = 4
+    context: int = 128
+    vocab: int = 1024
+    batch: int = 16  # windows per update
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """What distinguishes one run from the others."""
+
+    overrides: dict[str, Any]
+    seed: int
+    updates: int
+
+
+class Result(msgspec.Struct, frozen=True):
+    """The held-out loss over a run."""
+
+    setting: Setting
+    size: Size
+    tokens: list[int]  # trained on at each look
+    losses: list[float]  # held-out, nats per token
+    seconds: float
+
+    @property
+    def final(self) -> float:
+        return self.losses[-1]
+
+
+class Data(msgspec.Struct, frozen=True):
+    """Windows of T + 1 tokens; validation comes from documents that training never sees."""
+
+    train: np.ndarray  # (n, T + 1)
+    validation: np.ndarray  # (m, T + 1)
+    vocab_size: int
+    said: str
+
+
+def load(source: Path | None, size: Size) -> Data:
+    """Windows of a token file (llm.c's form, from `tokenize`), of a folder of parquet files, or
+    of this Python's own library."""
+    T = size.context
+    if source is not None and source.is_file():
+        tokens = writer.read_tokens(source)
+        cut = int(len(tokens) * (1 - _HELD_OUT))
+        train, held = _windows(tokens[:cut], T), _windows(tokens[cut:], T)
+    else:
+        encoder = encoding.load("gpt2", size.vocab)
+        texts = [text.encode() for text in corpus.source_documents(source)]
+        cut = int(len(texts) * (1 - _HELD_OUT))
+        train, held = (_windows(_encode(encoder, part), T) for part in (texts[:cut], texts[cut:]))
+    said = f"{len(train):,} training windows of {T} tokens"
+    return Data(train, held[:_VALIDATION_WINDOWS], size.vocab, said)
+
+
+def _encode(encoder: encoding.Encoder, texts: list[bytes]) -> np.ndarray:
+    offsets = np.cumsum([0, *map(len, texts)])
+    return encoder.encode_block(np.frombuffer(b"".join(texts), np.uint8), offsets, False)
+
+
+def _windows(tokens: np.ndarray, T: int) -> np.ndarray:
+    view = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)
+    return view[::T]
+
+
+class Trials:
+    """Runs settings, or takes their results from the file.
+
+    Args:
+        data: Windows.
+        size: Of the model.
+        results: JSON lines; made if it is not there.
+        device: cpu or gpu.
+        budget_s: A run that is not done by then is an error: its losses would not be comparable.
+    """
+
+    def __init__(self, data: Data, size: Size, results: Path, device: str, budget_s: float) -> None:
+        self.data, self.size, self.file, self.budget_s = data, size, results, budget_s
+        gpu = device == "gpu"
+        mx.set_default_device(mx.gpu if gpu else mx.cpu)
+        if not gpu:
+            mx.disable_compile()
+        self.dtype = mx.bfloat16 if gpu else mx.float32
+        lines = results.read_bytes().splitlines() if results.exists() else []
+        known = [msgspec.json.decode(line, type=Result) for line in lines]
+        self._known = {self._key(one.setting, one.size): one for one in known}
+
+    @staticmethod
+    def _key(setting: Setting, size: Size) -> bytes:
+        return msgspec.json.encode((setting, size), order="deterministic")
+
+    def run(self, setting: Setting) -> Result:
+        """Train as set, unless the file has the result."""
+        key = self._key(setting, self.size)
+        if key not in self._known:
+            one = self._known[key] = self._train(setting)
+            with self.file.open("ab") as file:
+                file.write(msgspec.json.encode(one) + b"\n")
+            said = ", ".join(f"{k.rsplit('.', 1)[-1]} {v}" for k, v in setting.overrides.items())
+            print(
+                f"{one.final:.4f}  seed {setting.seed}, {setting.updates} updates, {said}, "
+                f"{one.seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        return self._known[key]
+
+    def _config(self, setting: Setting) -> configuration.Config:
+        size = self.size
+        return configuration.load(
+            "demo",
+            {
+                "model.dimensions.hidden_size": size.hidden,
+                "model.dimensions.intermediate_size": size.hidden * 8 // 3 // 32 * 32,
+                "model.dimensions.num_layers": size.layers,
+                "model.attention.num_heads": max(1, size.hidden // 48),
+                "model.attention.num_kv_heads": max(1, size.hidden // 96),
+                "data.preprocessing.max_context_size": size.context,
+                "data.tokenizer.vocab_size": size.vocab,
+                "training.hyperparameters.batch_size": size.batch,
+                "training.hyperparameters.gradient_accumulation_steps": 1,
+                "training.hyperparameters.iters": setting.updates,
+                "training.scheduler.warmup_steps": max(1, setting.updates // 8),
+                "system.seed": setting.seed,
+                **setting.overrides,
+            },
+        )
+
+    def _train(self, setting: Setting) -> Result:
+        loop = Loop(self._config(setting), self.data.vocab_size, self.dtype)
+        windows = self._shuffled(setting.seed)
+        looks = {round(setting.updates * n / _POINTS) for n in range(1, _POINTS + 1)}
+        tokens, losses, begin = [], [], time.perf_counter()
+        for update in range(1, setting.updates + 1):
+            loop.update(
+                lambda: [mx.array(next(windows)) for _ in range(self.size.batch)],
+                lambda: {"wait_s": 0.0},
+            )
+            if update in looks:
+                loop.metrics(flush=True)
+                tokens.append(loop.tokens)
+                losses.append(self._held_out(loop))
+            if time.perf_counter() - begin > self.budget_s:
+                raise SystemExit(f"a run took more than --budget-s {self.budget_s}: {setting}")
+        return Result(setting, self.size, tokens, losses, round(time.perf_counter() - begin, 1))
+
+    def _shuffled(self, seed: int) -> Any:
+        """Windows for ever, in another order each epoch."""
+        rng = np.random.default_rng(seed)
+        while True:
+            for index in rng.permutation(len(self.data.train)):
+                yield self.data.train[index]
+
+    def _held_out(self, loop: Loop) -> float:
+        """Mean loss per token over the validation windows."""
+        loop.model.update(tree_unflatten(list(llama.as_dtype(loop.weights, self.dtype).items())))
+        held, B = self.data.validation, self.size.batch
+        total = 0.0
+        for at in range(0, len(held), B):
+            total += float(
+                llama.loss_sum(loop.model, mx.array(held[at : at + B]), self.dtype).item()
+            )
+        return total / (held.shape[0] * (held.shape[1] - 1))
