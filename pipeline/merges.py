@@ -18,8 +18,7 @@ from pipeline import ragged
 _EMPTY = np.uint64(0x7FFF_FFFF_FFFF_FFFF)
 _MORE = np.uint64(0x8000_0000_0000_0000)
 MAX_BYTES = 16  # of a piece
-_BATCH_LOG2 = 13
-_BATCH = 1 << _BATCH_LOG2  # pieces; their arrays stay in the processor's cache
+_BATCH = 1 << 13  # pieces; their arrays stay in the processor's cache
 
 _ROW_BITS = np.uint32(5)
 _ROW = np.uint32((1 << 5) - 1)
@@ -70,7 +69,8 @@ class Merges:
         columns = np.arange(width, dtype=np.uint8)[:, None]
         letters = np.take(text, starts + columns, mode="clip")
         inside = columns < lengths.astype(np.uint8)
-        shape = (width + 2, _BATCH)
+        columns_log2 = (num - 1).bit_length()
+        shape = (width + 2, 1 << columns_log2)
         tokens = np.full(shape, self._pairs.none, np.uint32)
         np.copyto(tokens[1:-1, :num], np.take(self._bytes, letters), where=inside)
         # The merge of each token with the next one: its rank, then its row, so that the least
@@ -83,14 +83,16 @@ class Merges:
         np.copyto(merge[1:width, :num], first, where=inside[1:])
         alive = np.zeros(shape, bool)
         alive[1:-1, :num] = inside
-        self._merge(tokens, merge, alive)
+        self._merge(tokens, merge, alive, columns_log2)
         return tokens.T[alive.T], alive.sum(axis=0)[:num]
 
-    def _merge(self, tokens: np.ndarray, merge: np.ndarray, alive: np.ndarray) -> None:
+    def _merge(
+        self, tokens: np.ndarray, merge: np.ndarray, alive: np.ndarray, columns_log2: int
+    ) -> None:
         """Merge until nothing merges, in place."""
         tokens, flat_merge, alive = tokens.reshape(-1), merge.reshape(-1), alive.reshape(-1)
         place = np.arange(len(tokens))
-        after, before = place + _BATCH, place - _BATCH
+        after, before = place + (1 << columns_log2), place - (1 << columns_log2)
         while True:
             least = merge.min(axis=0)
             piece = np.flatnonzero(least != _NO_MERGE)
@@ -98,7 +100,7 @@ class Merges:
                 return
             least = least[piece]
             row = least & _ROW
-            left = (row.astype(np.int64) << _BATCH_LOG2) + piece
+            left = (row.astype(np.int64) << columns_log2) + piece
             right = after[left]
             beyond = after[right]
             previous = before[left]
@@ -112,7 +114,7 @@ class Merges:
             flat_merge[changed] = self._merge_of(
                 np.concatenate([merged, tokens[previous]]),
                 np.concatenate([tokens[beyond], merged]),
-            ) | (changed >> _BATCH_LOG2).astype(np.uint32)
+            ) | (changed >> columns_log2).astype(np.uint32)
 
     def _merge_of(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Ranks of pairs as _merge orders them, without the row."""
