@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from pipeline import ragged
 from pipeline.merges import MAX_BYTES, Merges
-from pipeline.piece_cache import TWO, PieceCache
-from pipeline.piece_table import MISSING, WORD_BYTES
+from pipeline.piece_cache import KEY_WORDS, MAX_PIECE_BYTES, TWO, PieceCache
+from pipeline.piece_table import MISSING, WORD_BYTES, keys_of, words_of
 from pipeline.pieces import PAD_BYTES
 
 if TYPE_CHECKING:
@@ -144,49 +144,44 @@ class ColumnarEncoder:
             begin = end
 
     def _encode(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Values of pieces that are in no table: tiktoken's, learned for the next time."""
-        text = np.frombuffer(raw, np.uint8)[ragged.positions(starts, lengths)]
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        array = ragged.binary_array(text, bounds).dictionary_encode()
-        _, offsets, data = array.dictionary.buffers()
-        bounds = np.frombuffer(offsets, np.int64)[: len(array.dictionary) + 1]
-        text = np.frombuffer(data, np.uint8)[: bounds[-1]]
-        starts, lengths = bounds[:-1], np.diff(bounds)
-        counts = np.empty(len(starts), np.int64)
-        parts = []
+        """Values of missing pieces, learned for the next time."""
+        text = raw + bytes(MAX_PIECE_BYTES)
+        words = words_of(text)
+        key_lengths = lengths
+        if raw.find(0) >= 0:  # they cannot be in keys
+            zeros = np.flatnonzero(np.frombuffer(raw, np.uint8) == 0)
+            any_zero = np.diff(np.searchsorted(zeros, [starts, starts + lengths]), axis=0)[0] > 0
+            key_lengths = np.where(any_zero, MAX_PIECE_BYTES + 1, lengths)
+        values = np.empty(len(starts), np.uint64)
         low = 0
-        for high, bpe in (
-            (WORD_BYTES, self._merges.encode),
-            (MAX_BYTES, self._merges.encode),
-            (len(raw), self._tiktoken),
-        ):
-            here = np.flatnonzero((low < lengths) & (lengths <= high))
-            if here.size:
-                ids, counts[here] = bpe(text, starts[here], lengths[here])
-                parts.append((here, ids))
+        for num_words in KEY_WORDS:
+            high = WORD_BYTES * num_words
+            here = np.flatnonzero((low < key_lengths) & (key_lengths <= high))
             low = high
-        first = np.cumsum(counts) - counts
-        joined = np.empty(counts.sum(), np.uint32)
-        for here, ids in parts:
-            joined[ragged.positions(first[here], counts[here])] = ids
-        values = self._cache.learn(text, bounds, joined, counts)
-        return values[np.asarray(array.indices)]
+            if here.size:
+                keys = keys_of(words, starts[here], lengths[here], num_words)
+                distinct, which = _distinct(np.stack(keys, axis=1))
+                pieces = distinct.view(np.uint8)
+                bpe = self._merges.encode if high <= MAX_BYTES else self._tiktoken
+                values[here] = self._cache.learn(distinct, *bpe(pieces))[which]
+        here = np.flatnonzero(key_lengths > MAX_PIECE_BYTES)
+        if here.size:
+            pieces = [raw[a : a + n] for a, n in zip(starts[here], lengths[here], strict=True)]
+            ids = [self._encoding._encode_single_piece(piece) for piece in pieces]
+            counts = np.fromiter(map(len, ids), np.int64, len(ids))
+            joined = np.fromiter(itertools.chain.from_iterable(ids), np.uint32, counts.sum())
+            values[here] = self._cache.learn(None, joined, counts)
+        return values
 
-    def _tiktoken(
-        self, text: np.ndarray, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As Merges.encode, for pieces of any length."""
-        text = text[ragged.positions(starts, lengths)]
-        if not text.all():  # they contain the separator
-            bounds = itertools.pairwise([0, *np.cumsum(lengths)])
-            ids = [self._encoding._encode_single_piece(text[a:b].tobytes()) for a, b in bounds]
-            return np.array(list(itertools.chain(*ids))), np.array(list(map(len, ids)))
-        joined = np.full(len(text) + len(lengths), _SEPARATOR, np.uint8)
-        joined[np.arange(len(text)) + np.repeat(np.arange(len(lengths)), lengths)] = text
-        ids = self._pieces.encode_to_numpy(joined.tobytes().decode(), disallowed_special=())
+    def _tiktoken(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As Merges.encode, of any width."""
+        joined = np.zeros((len(pieces), pieces.shape[1] + 1), np.uint8)
+        joined[:, :-1] = pieces
+        keep = joined != 0
+        keep[:, -1] = True  # a separator
+        ids = self._pieces.encode_to_numpy(joined[keep].tobytes().decode(), disallowed_special=())
         separators = np.flatnonzero(ids == self._separator)
-        counts = np.diff(separators, prepend=-1) - 1
-        return np.delete(ids, separators), counts
+        return np.delete(ids, separators), np.diff(separators, prepend=-1) - 1
 
     def _gather(self, pieces: _Pieces) -> np.ndarray:
         """Token ids of all pieces, and the end of text before each document."""
@@ -228,6 +223,16 @@ class _Pieces:
     several: np.ndarray
     values: np.ndarray
     documents: np.ndarray
+
+
+def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows of an array of words, and for each row, which of them it is."""
+    row_bytes = keys.dtype.itemsize * keys.shape[1]
+    rows = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(row_bytes), len(keys), [None, pa.py_buffer(keys)]
+    ).dictionary_encode()
+    distinct = np.frombuffer(rows.dictionary.buffers()[1], np.uint64)
+    return distinct.reshape(-1, keys.shape[1])[: len(rows.dictionary)], np.asarray(rows.indices)
 
 
 def _piece_encoding(encoding: tiktoken.Encoding) -> tiktoken.Encoding:

@@ -39,36 +39,28 @@ class Merges:
         first, second = np.divmod(np.arange(1 << 16), 256)
         self._byte_pairs = self._merge_of(self._bytes[first], self._bytes[second])
 
-    def encode(
-        self, text: np.ndarray, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of pieces by the merges alone.
 
         Args:
-            text: Bytes, shape (n_bytes,), uint8.
-            starts: Where the pieces start in it, shape (n_pieces,).
-            lengths: Their lengths, 1 to MAX_BYTES; the work is that of the longest for all.
+            pieces: Their bytes, filled up with zeros, shape (n, width ≤ MAX_BYTES), uint8; none is
+                empty or contains zeros.
 
         Returns:
-            Their ids joined, uint32, and each piece's number of tokens, shape (n_pieces,).
+            Their ids joined, uint32, and each piece's number of tokens, shape (n,), int64.
         """
         ids, counts = [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
-        for first in range(0, len(starts), _BATCH):
-            batch = slice(first, first + _BATCH)
-            some = self._encode_batch(text, starts[batch], lengths[batch])
+        for first in range(0, len(pieces), _BATCH):
+            some = self._encode_batch(pieces[first : first + _BATCH].T.copy())
             ids.append(some[0])
             counts.append(some[1])
         return np.concatenate(ids), np.concatenate(counts)
 
-    def _encode_batch(
-        self, text: np.ndarray, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        num, width = len(starts), int(lengths.max())
+    def _encode_batch(self, letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Column k holds piece k: byte j of it, later the token that starts there, in row j + 1.
         # Rows 0 and length + 1 hold what merges with nothing.
-        columns = np.arange(width, dtype=np.uint8)[:, None]
-        letters = np.take(text, starts + columns, mode="clip")
-        inside = columns < lengths.astype(np.uint8)
+        width, num = letters.shape
+        inside = letters != 0
         columns_log2 = (num - 1).bit_length()
         shape = (width + 2, 1 << columns_log2)
         tokens = np.full(shape, self._pairs.none, np.uint32)
@@ -79,7 +71,7 @@ class Merges:
         pairs = letters[:-1].astype(np.int64) << 8
         pairs |= letters[1:]
         first = np.take(self._byte_pairs, pairs)
-        first |= (columns[1:]).astype(np.uint32)
+        first |= np.arange(1, width, dtype=np.uint32)[:, None]
         np.copyto(merge[1:width, :num], first, where=inside[1:])
         alive = np.zeros(shape, bool)
         alive[1:-1, :num] = inside

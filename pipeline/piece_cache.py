@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline import ragged
-from pipeline.piece_table import MISSING, WORD_BYTES, PieceTable, keys_of
+from pipeline.piece_table import MISSING, WORD_BYTES, PieceTable, keys_of, words_of
 
 # A value is a number of tokens in the high half, and in the low half the token itself if it is
 # one, or else the place of the first one in the store.
@@ -16,11 +16,12 @@ _COUNT_SHIFT = np.uint64(32)
 _LOW = np.uint64(0xFFFF_FFFF)
 TWO = np.uint64(2 << 32)
 
-_KEY_WORDS = (1, 2, 4)  # of the tables: pieces of up to 8, 16 and 32 bytes
+KEY_WORDS = (1, 2, 4)  # of the tables: pieces of up to 8, 16 and 32 bytes
+MAX_PIECE_BYTES = WORD_BYTES * KEY_WORDS[-1]
 _SLOTS_LOG2 = (19, 17, 14)  # 8, 4 and 1 MiB
 _STORED_TOKENS = 1 << 21  # 8 MiB
 _MAX_LOAD = 1 / 8  # of a table by the vocabulary alone
-_PAD = np.zeros(WORD_BYTES, np.uint8)
+_PAD_WORDS = WORD_BYTES * (KEY_WORDS[-1] - 1)
 
 
 class PieceCache:
@@ -32,19 +33,19 @@ class PieceCache:
     """
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
-        lengths = np.fromiter(map(len, ranks), np.int64, len(ranks))
-        self._vocabulary = (
-            np.frombuffer(b"".join(ranks), np.uint8),
-            np.concatenate([[0], np.cumsum(lengths)]),
-            np.fromiter(ranks.values(), np.uint32, len(ranks)),
-        )
+        self._vocabulary = []
         self._tables = []
-        shorter = 0
-        for num_words, slots_log2 in zip(_KEY_WORDS, _SLOTS_LOG2, strict=True):
-            known = np.count_nonzero(lengths <= WORD_BYTES * num_words) - shorter
-            shorter += known
-            needed = int(known / _MAX_LOAD).bit_length()
+        low = 0
+        for num_words, slots_log2 in zip(KEY_WORDS, _SLOTS_LOG2, strict=True):
+            high = WORD_BYTES * num_words
+            # the lowest ranks last: they come most often, and get the first places
+            known = [(t, r) for t, r in ranks.items() if low < len(t) <= high and 0 not in t][::-1]
+            text = b"".join(token.ljust(high, b"\0") for token, _ in known)
+            keys = np.frombuffer(text, "<u8").reshape(-1, num_words)
+            self._vocabulary.append((keys, np.array([rank for _, rank in known], np.uint32)))
+            needed = int(len(known) / _MAX_LOAD).bit_length()
             self._tables.append(PieceTable(num_words, max(slots_log2, needed)))
+            low = high
         self._words = np.empty(0, np.uint64)
         self._clear()
 
@@ -60,17 +61,20 @@ class PieceCache:
             Values, shape (n,), uint64: see tokens; MISSING for the unknown.
         """
         size = len(text) - WORD_BYTES
-        if len(self._words) < size:
-            self._words = np.empty(size, np.uint64)
-        words = self._words[:size]
-        np.copyto(words, np.ndarray((size,), "<u8", text, strides=(1,)))
+        if len(self._words) < size + _PAD_WORDS:
+            self._words = np.empty(size + _PAD_WORDS, np.uint64)
+        words = self._words[: size + _PAD_WORDS]
+        np.copyto(words[:size], words_of(text)[:size])
+        words[size:] = 0
         if text.find(0, 0, size) >= 0:
+            # Keys are filled up with zeros: a piece that has some might be taken for a shorter one.
             zeros = np.flatnonzero(np.frombuffer(text, np.uint8, size) == 0)
-            lengths = _too_long(lengths, np.searchsorted(starts, zeros, side="right") - 1)
+            lengths = lengths.copy()
+            lengths[np.searchsorted(starts, zeros, side="right") - 1] = MAX_PIECE_BYTES + 1
 
-        values = self._tables[0].find(keys_of(words, starts, lengths, _KEY_WORDS[0]))
-        long = np.flatnonzero(lengths > WORD_BYTES * _KEY_WORDS[0])
-        for table, num_words in zip(self._tables[1:], _KEY_WORDS[1:], strict=True):
+        values = self._tables[0].find(keys_of(words, starts, lengths, KEY_WORDS[0]))
+        long = np.flatnonzero(lengths > WORD_BYTES * KEY_WORDS[0])
+        for table, num_words in zip(self._tables[1:], KEY_WORDS[1:], strict=True):
             fits = lengths[long] <= WORD_BYTES * num_words
             here, long = long[fits], long[~fits]
             if here.size:
@@ -87,37 +91,25 @@ class PieceCache:
         counts = (values >> _COUNT_SHIFT).view(np.int64)
         return self._ids[ragged.positions((values & _LOW).view(np.int64), counts)], counts
 
-    def learn(
-        self, text: np.ndarray, bounds: np.ndarray, ids: np.ndarray, counts: np.ndarray
-    ) -> np.ndarray:
+    def learn(self, keys: np.ndarray | None, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Add distinct pieces that are missing.
 
         Args:
-            text: The pieces joined, shape (n_bytes,), uint8.
-            bounds: Where they start, and the end, shape (n + 1,).
+            keys: Their keys, shape (n, number of words), one of KEY_WORDS; pieces without zero
+                bytes. None for pieces that cannot be looked up.
             ids: Their tokens joined.
             counts: How many each has, shape (n,), int64.
 
         Returns:
-            Their values, also of those that are too long to be looked up: good until make_room.
+            Their values, good until make_room.
         """
         ends = np.cumsum(counts)
         first = ends - counts
         places = np.where(counts == 1, ids[first], self._used + first)
         values = (counts.view(np.uint64) << _COUNT_SHIFT) | places.astype(np.uint64)
         self._store(ids)
-
-        words = np.ndarray((len(text),), "<u8", np.concatenate([text, _PAD]), strides=(1,)).copy()
-        starts, lengths = bounds[:-1], np.diff(bounds)
-        zeros = np.flatnonzero(text == 0)
-        lengths = _too_long(lengths, np.searchsorted(bounds, zeros, side="right") - 1)
-        low = 0
-        for table, num_words in zip(self._tables, _KEY_WORDS, strict=True):
-            high = WORD_BYTES * num_words
-            here = np.flatnonzero((low < lengths) & (lengths <= high))
-            if here.size:
-                table.insert(keys_of(words, starts[here], lengths[here], num_words), values[here])
-            low = high
+        if keys is not None:
+            self._tables[KEY_WORDS.index(keys.shape[1])].insert(list(keys.T), values)
         return values
 
     def make_room(self) -> None:
@@ -146,8 +138,8 @@ class PieceCache:
         self._ids, self._used = np.empty(_STORED_TOKENS, np.uint32), 0
         for table in self._tables:
             table.clear()
-        text, bounds, ids = self._vocabulary
-        self.learn(text, bounds, ids, np.ones(len(ids), np.int64))
+        for keys, ids in self._vocabulary:
+            self.learn(keys, ids, np.ones(len(ids), np.int64))
         self._used = 0  # single tokens are not looked up there
 
     def _store(self, ids: np.ndarray) -> None:
@@ -158,13 +150,3 @@ class PieceCache:
             self._ids = grown
         self._ids[self._used : end] = ids
         self._used = end
-
-
-def _too_long(lengths: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-    """The lengths, with those of some pieces beyond any key: of those that contain a zero byte.
-
-    Keys are filled up with zeros, so such a piece might be taken for a shorter one.
-    """
-    lengths = lengths.copy()
-    lengths[pieces] = WORD_BYTES * _KEY_WORDS[-1] + 1
-    return lengths

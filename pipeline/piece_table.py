@@ -26,13 +26,18 @@ _WORD_MASKS = np.array([(1 << 8 * length) - 1 for length in range(WORD_BYTES + 1
 _SHORT_MASKS = np.append(_WORD_MASKS, np.uint64(0))
 
 
+def words_of(text: bytes) -> np.ndarray:
+    """The word that starts at each byte of a text but the last 7: a view, not aligned."""
+    return np.ndarray((len(text) - WORD_BYTES + 1,), "<u8", text, strides=(1,))
+
+
 def keys_of(
     words: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_words: int
 ) -> list[np.ndarray]:
     """The keys of pieces.
 
     Args:
-        words: The 8 bytes from each byte of a text on, shape (n_bytes,), uint64.
+        words: See words_of; they reach num_words words behind every start.
         starts: Where the pieces start, shape (n,).
         lengths: How long they are; longer ones than num_words get keys of 0 if that is 1.
         num_words: Words of a key.
@@ -43,8 +48,7 @@ def keys_of(
     masks = _SHORT_MASKS if num_words == 1 else _WORD_MASKS
     keys = []
     for first in range(0, WORD_BYTES * num_words, WORD_BYTES):
-        # clip: what lies behind the text, or behind the piece, is masked out
-        key = np.take(words, starts + first if first else starts, mode="clip")
+        key = words[starts + first if first else starts]
         key &= np.take(masks, lengths - first if first else lengths, mode="clip")
         keys.append(key)
     return keys
