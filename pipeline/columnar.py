@@ -26,9 +26,10 @@ from pipeline.pieces import PAD_BYTES
 if TYPE_CHECKING:
     import tiktoken
 
-_CHUNK_BYTES = 1 << 18  # what the arrays of one step hold stays in the processor's cache
+_CHUNK_BYTES = 1 << 19  # what the arrays of one step hold stays in the processor's cache
 _UINT16_IDS = 1 << 16
 _SEPARATOR = 0
+_FEW_PIECES = 1000  # of which tiktoken encodes each faster than Merges all together
 
 
 class Splitter(Protocol):
@@ -162,7 +163,8 @@ class ColumnarEncoder:
                 keys = keys_of(words, starts[here], lengths[here], num_words)
                 distinct, which = _distinct(np.stack(keys, axis=1))
                 pieces = distinct.view(np.uint8)
-                bpe = self._merges.encode if high <= MAX_BYTES else self._tiktoken
+                few = high > MAX_BYTES or len(pieces) < _FEW_PIECES
+                bpe = self._tiktoken if few else self._merges.encode
                 values[here] = self._cache.learn(distinct, *bpe(pieces))[which]
         here = np.flatnonzero(key_lengths > MAX_PIECE_BYTES)
         if here.size:

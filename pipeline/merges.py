@@ -15,14 +15,22 @@ import pyarrow.compute as pc
 
 from pipeline import ragged
 
-_EMPTY = np.uint64(0x7FFF_FFFF_FFFF_FFFF)
-_MORE = np.uint64(0x8000_0000_0000_0000)
 MAX_BYTES = 16  # of a piece
 _BATCH = 1 << 13  # pieces; their arrays stay in the processor's cache
 
-_ROW_BITS = np.uint32(5)
+# A merge is a number of 32 bits: the merged token's id, and the row of the left one (_ROW_BITS), so
+# that the least of some merges is the one to make first.
+_ROW_BITS = np.uint64(5)
 _ROW = np.uint32((1 << 5) - 1)
-_NO_MERGE = np.uint32(0xFFFF_FFFF)
+NO_MERGE = np.uint32(0xFFFF_FFFF)
+# Two tokens and a merge fill 62 bits of a table's entry.
+_TOKEN_BITS = np.uint64(19)
+MAX_TOKEN = 1 << 19
+_MERGE_BITS = np.uint64(24)
+_MERGE_MASK = np.uint64((1 << 24) - 1)
+_EMPTY = np.uint64(0x7FFF_FFFF_FFFF_FFFF)
+_MORE = np.uint64(0x8000_0000_0000_0000)
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Merges:
@@ -34,10 +42,13 @@ class Merges:
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         short = {token: rank for token, rank in ranks.items() if len(token) <= MAX_BYTES}
-        self._pairs = PairTable(*_pairs(short), none=max(short.values()) + 1)
+        self._none = max(short.values()) + 1
+        if self._none >= MAX_TOKEN:
+            raise ValueError(f"token ids reach {self._none}, above {MAX_TOKEN}")
+        self._pairs = PairTable(*_pairs(short))
         self._bytes = np.array([ranks[bytes([byte])] for byte in range(256)], np.uint32)
         first, second = np.divmod(np.arange(1 << 16), 256)
-        self._byte_pairs = self._merge_of(self._bytes[first], self._bytes[second])
+        self._byte_pairs = self._pairs.find(self._bytes[first], self._bytes[second])
 
     def encode(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of pieces by the merges alone.
@@ -63,11 +74,11 @@ class Merges:
         inside = letters != 0
         columns_log2 = (num - 1).bit_length()
         shape = (width + 2, 1 << columns_log2)
-        tokens = np.full(shape, self._pairs.none, np.uint32)
+        tokens = np.full(shape, self._none, np.uint32)
         np.copyto(tokens[1:-1, :num], np.take(self._bytes, letters), where=inside)
         # The merge of each token with the next one: its rank, then its row, so that the least
         # one is the merge to make.
-        merge = np.full(shape, _NO_MERGE, np.uint32)
+        merge = np.full(shape, NO_MERGE, np.uint32)
         pairs = letters[:-1].astype(np.int64) << 8
         pairs |= letters[1:]
         first = np.take(self._byte_pairs, pairs)
@@ -87,7 +98,7 @@ class Merges:
         after, before = place + (1 << columns_log2), place - (1 << columns_log2)
         while True:
             least = merge.min(axis=0)
-            piece = np.flatnonzero(least != _NO_MERGE)
+            piece = np.flatnonzero(least != NO_MERGE)
             if not piece.size:
                 return
             least = least[piece]
@@ -96,39 +107,32 @@ class Merges:
             right = after[left]
             beyond = after[right]
             previous = before[left]
-            merged = least >> _ROW_BITS
+            merged = least >> np.uint32(5)
             tokens[left] = merged
             alive[right] = False
-            flat_merge[right] = _NO_MERGE
+            flat_merge[right] = NO_MERGE
             after[left] = beyond
             before[beyond] = left
             changed = np.concatenate([left, previous])
-            flat_merge[changed] = self._merge_of(
+            flat_merge[changed] = self._pairs.find(
                 np.concatenate([merged, tokens[previous]]),
                 np.concatenate([tokens[beyond], merged]),
             ) | (changed >> columns_log2).astype(np.uint32)
 
-    def _merge_of(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Ranks of pairs as _merge orders them, without the row."""
-        ranks = self._pairs.find(left, right)
-        return np.where(ranks == self._pairs.none, _NO_MERGE, ranks << _ROW_BITS)
-
 
 class PairTable:
-    """The rank that two neighbouring tokens merge to, exactly.
+    """What two neighbouring tokens merge to, exactly.
 
     Args:
-        left, right, merged: Token ids of all merges, shape (n,).
-        none: An id above all of them, below 2^21: a token that merges with nothing, and no merge.
+        left, right, merged: Token ids of all merges, below MAX_TOKEN, shape (n,).
     """
 
-    def __init__(self, left: np.ndarray, right: np.ndarray, merged: np.ndarray, none: int) -> None:
-        self.none = none
-        self._bits = np.uint64(none.bit_length())
+    def __init__(self, left: np.ndarray, right: np.ndarray, merged: np.ndarray) -> None:
         slots_log2 = max(8, int(4 * len(left)).bit_length())
         self._shift = np.uint64(64 - slots_log2)
         key = self._key(left, right)
-        entries = key << self._bits | merged.astype(np.uint64)
+        # An entry is the key, and below it the merge as find returns it.
+        entries = key << _MERGE_BITS | merged.astype(np.uint64) << _ROW_BITS
         slots = self._slots(key)
         self._table = np.full(1 << slots_log2, _EMPTY)
         self._table[slots] = entries
@@ -138,28 +142,27 @@ class PairTable:
         self._lost = np.append(np.sort(entries[lost]), _EMPTY)
 
     def find(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """The ranks that pairs merge to, or none; shape of left, uint32."""
+        """The merges of pairs: the merged token's id << 5, or NO_MERGE; shape of left, uint32."""
         key = self._key(left, right)
         entries = np.take(self._table, self._slots(key), mode="clip")
         more = entries >= _MORE
         entries &= _EMPTY
-        found = (entries >> self._bits) == key
-        more &= ~found
+        differ = (entries >> _MERGE_BITS) != key
+        more &= differ
         at = np.flatnonzero(more)
         if at.size:
-            place = np.searchsorted(self._lost, key[at] << self._bits)
-            entries[at] = self._lost[place]
-            found[at] = (entries[at] >> self._bits) == key[at]
-        ranks = entries.astype(np.uint32)
-        ranks &= np.uint32((1 << int(self._bits)) - 1)
-        ranks[~found] = self.none
-        return ranks
+            entries[at] = self._lost[np.searchsorted(self._lost, key[at] << _MERGE_BITS)]
+            differ[at] = (entries[at] >> _MERGE_BITS) != key[at]
+        entries &= _MERGE_MASK
+        merges = entries.astype(np.uint32)
+        merges[differ] = NO_MERGE
+        return merges
 
     def _key(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return left.astype(np.uint64) << self._bits | right
+        return left.astype(np.uint64) << _TOKEN_BITS | right
 
     def _slots(self, key: np.ndarray) -> np.ndarray:
-        return ((key * np.uint64(0x9E3779B97F4A7C15)) >> self._shift).view(np.int64)
+        return ((key * _MULTIPLIER) >> self._shift).view(np.int64)
 
 
 def _pairs(ranks: dict[bytes, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,8 +2,8 @@
 
 Runs in: tokenizers. Pure: no I/O, no clock, no process.
 
-A piece is a key of 1, 2 or 4 words of 8 bytes, zero-filled. A key has two places, side by side;
-a new one takes an empty place, or else throws out one of the two at random. So a table never
+A piece is a key of 1, 2 or 4 words of 8 bytes, zero-filled. A key has four places, side by side;
+a new one takes an empty place, or else throws out one of the four at random. So a table never
 grows, and an insertion costs the same on an endless stream of new pieces; pieces that come often
 are soon back when they were thrown out.
 """
@@ -15,6 +15,7 @@ import numpy as np
 WORD_BYTES = 8
 MISSING = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # the value of a key that is not there
 
+_PLACES = 4
 _INSERT_ROUNDS = 3
 _NO_KEY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # not UTF-8, so no piece
 _MULTIPLIERS = np.array(
@@ -99,10 +100,13 @@ class PieceTable:
         differ = self._differ(rows, keys)
         differ &= keys[0] != 0
         missed = np.flatnonzero(differ)
-        if missed.size:
-            rows = np.take(self._rows, slots[missed] ^ 1, axis=0, mode="clip")
-            differ = self._differ(rows, [key[missed] for key in keys])
-            values[missed] = np.where(differ, MISSING, rows[:, self._num_words])
+        for place in range(1, _PLACES):
+            if not missed.size:
+                break
+            rows = np.take(self._rows, slots[missed] ^ place, axis=0, mode="clip")
+            values[missed] = rows[:, self._num_words]
+            missed = missed[self._differ(rows, [key[missed] for key in keys])]
+        values[missed] = MISSING
         return values
 
     def insert(self, keys: list[np.ndarray], values: np.ndarray) -> None:
@@ -113,11 +117,12 @@ class PieceTable:
             rows[:, column] = key
         rows[:, self._num_words] = values
         for _ in range(_INSERT_ROUNDS):
-            second = first ^ 1
-            taken = self._rows[first, 0] != _NO_KEY
-            full = taken & (self._rows[second, 0] != _NO_KEY)
-            coin = self._random.integers(0, 2, len(first), np.uint8)
-            slots = np.where(np.where(full, coin, taken), second, first)
+            places = first[:, None] ^ np.arange(_PLACES)
+            empty = self._rows[places, 0] == _NO_KEY
+            chosen = empty.argmax(axis=1)
+            full = ~empty.any(axis=1)
+            chosen[full] = self._random.integers(0, _PLACES, np.count_nonzero(full))
+            slots = first ^ chosen
             self._rows[slots] = rows
             lost = (self._rows[slots] != rows).any(axis=1)  # two keys went to one place
             first, rows = first[lost], rows[lost]
