@@ -229,12 +229,18 @@ class _Pieces:
 
 def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct rows of an array of words, and for each row, which of them it is."""
-    row_bytes = keys.dtype.itemsize * keys.shape[1]
-    rows = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(row_bytes), len(keys), [None, pa.py_buffer(keys)]
-    ).dictionary_encode()
+    num_rows, num_words = keys.shape
+    if num_words == 1:
+        rows = pa.array(keys[:, 0]).dictionary_encode()
+    else:
+        rows = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(WORD_BYTES * num_words), num_rows, [None, pa.py_buffer(keys)]
+        ).dictionary_encode()
     distinct = np.frombuffer(rows.dictionary.buffers()[1], np.uint64)
-    return distinct.reshape(-1, keys.shape[1])[: len(rows.dictionary)], np.asarray(rows.indices)
+    return (
+        distinct[: len(rows.dictionary) * num_words].reshape(-1, num_words),
+        np.asarray(rows.indices),
+    )
 
 
 def _piece_encoding(encoding: tiktoken.Encoding) -> tiktoken.Encoding:

@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 from pipeline import ragged
 
 MAX_BYTES = 16  # of a piece
-_BATCH = 1 << 13  # pieces; their arrays stay in the processor's cache
+_BATCH = 1 << 14  # pieces
 
 # A merge is a number of 32 bits: the merged token's id, and the row of the left one (_ROW_BITS), so
 # that the least of some merges is the one to make first.
 _ROW_BITS = np.uint64(5)
 _ROW = np.uint32((1 << 5) - 1)
 NO_MERGE = np.uint32(0xFFFF_FFFF)
+_BIT = np.uint32(1)
 # Two tokens and a merge fill 62 bits of a table's entry.
 _TOKEN_BITS = np.uint64(19)
 MAX_TOKEN = 1 << 19
@@ -72,52 +73,64 @@ class Merges:
         # Rows 0 and length + 1 hold what merges with nothing.
         width, num = letters.shape
         inside = letters != 0
-        columns_log2 = (num - 1).bit_length()
-        shape = (width + 2, 1 << columns_log2)
-        tokens = np.full(shape, self._none, np.uint32)
-        np.copyto(tokens[1:-1, :num], np.take(self._bytes, letters), where=inside)
-        # The merge of each token with the next one: its rank, then its row, so that the least
-        # one is the merge to make.
-        merge = np.full(shape, NO_MERGE, np.uint32)
+        tokens = np.full((width + 2, num), self._none, np.uint32)
+        np.copyto(tokens[1:-1], np.take(self._bytes, letters), where=inside)
+        merges = np.full((width + 2, num), NO_MERGE, np.uint32)  # of each token and the next one
         pairs = letters[:-1].astype(np.int64) << 8
         pairs |= letters[1:]
         first = np.take(self._byte_pairs, pairs)
         first |= np.arange(1, width, dtype=np.uint32)[:, None]
-        np.copyto(merge[1:width, :num], first, where=inside[1:])
-        alive = np.zeros(shape, bool)
-        alive[1:-1, :num] = inside
-        self._merge(tokens, merge, alive, columns_log2)
-        return tokens.T[alive.T], alive.sum(axis=0)[:num]
+        np.copyto(merges[1:width], first, where=inside[1:])
+        heads = self._merge(tokens, merges, inside.sum(axis=0, dtype=np.uint32))
+        alive = (heads[:, None] >> np.arange(1, width + 1, dtype=np.uint32)) & 1 != 0
+        alive &= inside.T
+        return tokens[1:-1].T[alive], alive.sum(axis=1)
 
-    def _merge(
-        self, tokens: np.ndarray, merge: np.ndarray, alive: np.ndarray, columns_log2: int
-    ) -> None:
-        """Merge until nothing merges, in place."""
-        tokens, flat_merge, alive = tokens.reshape(-1), merge.reshape(-1), alive.reshape(-1)
-        place = np.arange(len(tokens))
-        after, before = place + (1 << columns_log2), place - (1 << columns_log2)
+    def _merge(self, tokens: np.ndarray, merges: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Merge until nothing merges, in place.
+
+        Returns:
+            For each piece a number whose bits are the rows at which tokens start, shape (n,).
+        """
+        num = tokens.shape[1]
+        # Rows at which tokens start, the ones that merge with nothing too: as bits from the lowest
+        # and from the highest one on, to find the next row and the previous one.
+        up = (np.uint32(1) << (lengths + 2)) - np.uint32(1)
+        down = ~np.uint32(0) << (30 - lengths)
+        flat_tokens, flat_merges = tokens.reshape(-1), merges.reshape(-1)
         while True:
-            least = merge.min(axis=0)
+            least = merges.min(axis=0)
             piece = np.flatnonzero(least != NO_MERGE)
             if not piece.size:
-                return
+                return up
             least = least[piece]
-            row = least & _ROW
-            left = (row.astype(np.int64) << columns_log2) + piece
-            right = after[left]
-            beyond = after[right]
-            previous = before[left]
             merged = least >> np.uint32(5)
-            tokens[left] = merged
-            alive[right] = False
-            flat_merge[right] = NO_MERGE
-            after[left] = beyond
-            before[beyond] = left
-            changed = np.concatenate([left, previous])
-            flat_merge[changed] = self._pairs.find(
-                np.concatenate([merged, tokens[previous]]),
-                np.concatenate([tokens[beyond], merged]),
-            ) | (changed >> columns_log2).astype(np.uint32)
+            left = least & _ROW
+            rising = up[piece]
+            right = left + _trailing_zeros(rising >> (left + 1))
+            rising ^= _BIT << right
+            up[piece] = rising
+            falling = down[piece]
+            falling ^= _BIT << (31 - right)
+            down[piece] = falling
+            beyond = left + _trailing_zeros(rising >> (left + 1))
+            previous = left - _trailing_zeros(falling >> (32 - left))
+            at, at_previous = _flat(left, num, piece), _flat(previous, num, piece)
+            flat_tokens[at] = merged
+            flat_merges[_flat(right, num, piece)] = NO_MERGE
+            new = self._pairs.find(merged, flat_tokens[_flat(beyond, num, piece)])
+            flat_merges[at] = new | left
+            new = self._pairs.find(flat_tokens[at_previous], merged)
+            flat_merges[at_previous] = new | previous
+
+
+def _trailing_zeros(bits: np.ndarray) -> np.ndarray:
+    """The number of the lowest bit that is set, from 1 on."""
+    return np.bitwise_count(bits ^ (bits - 1))
+
+
+def _flat(rows: np.ndarray, num: int, columns: np.ndarray) -> np.ndarray:
+    return rows.astype(np.int64) * num + columns
 
 
 class PairTable:
@@ -155,7 +168,7 @@ class PairTable:
             differ[at] = (entries[at] >> _MERGE_BITS) != key[at]
         entries &= _MERGE_MASK
         merges = entries.astype(np.uint32)
-        merges[differ] = NO_MERGE
+        np.copyto(merges, NO_MERGE, where=differ)
         return merges
 
     def _key(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -117,14 +117,16 @@ class PieceTable:
             rows[:, column] = key
         rows[:, self._num_words] = values
         for _ in range(_INSERT_ROUNDS):
-            places = first[:, None] ^ np.arange(_PLACES)
-            empty = self._rows[places, 0] == _NO_KEY
-            chosen = empty.argmax(axis=1)
-            full = ~empty.any(axis=1)
-            chosen[full] = self._random.integers(0, _PLACES, np.count_nonzero(full))
-            slots = first ^ chosen
+            slots = first.copy()
+            taken = np.flatnonzero(self._rows[slots, 0] != _NO_KEY)
+            for place in range(1, _PLACES):
+                slots[taken] = first[taken] ^ place
+                taken = taken[self._rows[slots[taken], 0] != _NO_KEY]
+            slots[taken] ^= self._random.integers(0, _PLACES, len(taken))
             self._rows[slots] = rows
-            lost = (self._rows[slots] != rows).any(axis=1)  # two keys went to one place
+            lost = self._differ(self._rows[slots], list(rows.T))  # two keys went to one place
+            if not lost.any():
+                return
             first, rows = first[lost], rows[lost]
 
     def _slots(self, keys: list[np.ndarray]) -> np.ndarray:
