@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -18,31 +19,17 @@ import pyarrow as pa
 
 from pipeline import ragged
 from pipeline.merges import MAX_BYTES, Merges
-from pipeline.piece_cache import (
-    KEY_WORDS,
-    MAX_PIECE_BYTES,
-    ONE,
-    TWO,
-    WORD_BYTES,
-    PieceTable,
-    TokenStore,
-)
+from pipeline.piece_cache import KEY_WORDS, MAX_PIECE_BYTES, TWO, PieceCache
+from pipeline.piece_table import MISSING, WORD_BYTES, keys_of, words_of
 from pipeline.pieces import PAD_BYTES
 
 if TYPE_CHECKING:
     import tiktoken
 
-_CHUNK_BYTES = 1 << 18  # what the arrays of one step hold stays in the processor's cache
+_CHUNK_BYTES = 1 << 19  # what the arrays of one step hold stays in the processor's cache
 _UINT16_IDS = 1 << 16
-
-# Slots (log2) of the tables of pieces up to 8, 16 and 32 bytes: 8 + 4 + 1 MiB
-_SLOTS_LOG2 = (19, 17, 14)
-_STORED_TOKENS = 1 << 21  # 8 MiB
-
-# By a piece's length, what of a word of its bytes belongs to it.
-_WORD_MASKS = np.array([(1 << 8 * length) - 1 for length in range(WORD_BYTES + 1)], np.uint64)
-_SHORT_MASKS = np.append(_WORD_MASKS, np.uint64(0))  # longer pieces get the key that is never found
 _SEPARATOR = 0
+_FEW_PIECES = 1000  # of which tiktoken encodes each faster than Merges all together
 
 
 class Splitter(Protocol):
@@ -76,14 +63,10 @@ class ColumnarEncoder:
         self._pieces = _piece_encoding(encoding)
         self.eot, self.vocab_size = eot, vocab_size
         self.dtype = np.dtype(np.uint16 if vocab_size <= _UINT16_IDS else np.uint32)
-        self._tables = [
-            PieceTable(words, slots) for words, slots in zip(KEY_WORDS, _SLOTS_LOG2, strict=True)
-        ]
-        self._store = TokenStore(_STORED_TOKENS)
-        self._values = np.empty(0, np.uint64)
-        self._separator = encoding._mergeable_ranks[bytes([_SEPARATOR])]
+        self._cache = PieceCache(encoding._mergeable_ranks)
         self._merges = Merges(encoding._mergeable_ranks)
-        self._learn_vocabulary()
+        self._separator = encoding._mergeable_ranks[bytes([_SEPARATOR])]
+        self._first_ids = np.empty(0, self.dtype)
 
     def decode(self, ids: list[int]) -> str:
         """See encoding.Encoder."""
@@ -94,35 +77,55 @@ class ColumnarEncoder:
         raw = text[offsets[0] : offsets[-1]].tobytes()
         offsets = offsets - offsets[0]
         _check_utf8(raw, offsets)
-        if self._store.full:
-            self._store.compact(self._tables)
-            self._learn_vocabulary()
-        values, document_pieces = self._look_up(raw, offsets)
-        return self._gather(values, document_pieces[1:] if continues else document_pieces)
+        self._cache.make_room()
+        pieces = self._look_up(raw, offsets)
+        if continues:
+            pieces.documents = pieces.documents[1:]
+        return self._gather(pieces)
 
-    def _look_up(self, raw: bytes, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values of all pieces of a block (see piece_cache), and each document's first piece."""
-        if len(self._values) < len(raw):
-            self._values = np.empty(len(raw), np.uint64)
+    def _look_up(self, raw: bytes, offsets: np.ndarray) -> _Pieces:
+        """Split a block into pieces and find their tokens."""
+        if len(self._first_ids) < len(raw):
+            self._first_ids = np.empty(len(raw), self.dtype)
         num_pieces = 0
-        document_pieces = []
-        missed: list[np.ndarray] = []
+        documents, several, values, unknown = [], [], [], []
         for begin, end in self._chunks(raw, offsets):
             first, last = np.searchsorted(offsets[:-1], (begin, end))
             inner = offsets[first:last] - begin
             text = raw[begin:end] + bytes(PAD_BYTES)
             starts = self._splitter.starts(text, np.concatenate([[0], inner, [end - begin]]))
-            document_pieces.append(num_pieces + np.searchsorted(starts, inner))
-            values = self._values[num_pieces : num_pieces + len(starts)]
-            missing, lengths = self._find(text, starts, values)
-            missed.append(np.stack([missing + num_pieces, starts[missing] + begin, lengths]))
+            lengths = np.empty_like(starts)
+            np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+            lengths[-1] = end - begin - starts[-1]
+            found = self._cache.find(text, starts, lengths)
+            self._first_ids[num_pieces : num_pieces + len(starts)] = found
+            at = np.flatnonzero(found >= TWO)
+            found = found[at]
+            missing = at[found == MISSING]
+            documents.append(np.searchsorted(starts, inner) + num_pieces)
+            several.append(at + num_pieces)
+            values.append(found)
+            unknown.append(np.stack([starts[missing] + begin, lengths[missing]]))
             num_pieces += len(starts)
-        behind = np.full(np.count_nonzero(offsets[:-1] == len(raw)), num_pieces)
-        if missed:
-            pieces, starts, lengths = np.concatenate(missed, axis=1)
-            if len(pieces):
-                self._values[pieces] = self._encode(raw, starts, lengths)
-        return self._values[:num_pieces], np.concatenate([*document_pieces, behind])
+        documents.append(np.full(np.count_nonzero(offsets[:-1] == len(raw)), num_pieces))
+        pieces = _Pieces(
+            self._first_ids[:num_pieces],
+            np.concatenate([np.empty(0, np.int64), *several]),
+            np.concatenate([np.empty(0, np.uint64), *values]),
+            np.concatenate(documents),
+        )
+        starts, lengths = np.concatenate([np.empty((2, 0), np.int64), *unknown], axis=1)
+        if starts.size:
+            self._fill(pieces, self._encode(raw, starts, lengths))
+        return pieces
+
+    @staticmethod
+    def _fill(pieces: _Pieces, values: np.ndarray) -> None:
+        """Put the values of missing pieces in, in order."""
+        pieces.values[pieces.values == MISSING] = values
+        single = pieces.values < TWO
+        pieces.ids[pieces.several[single]] = pieces.values[single]
+        pieces.several, pieces.values = pieces.several[~single], pieces.values[~single]
 
     def _chunks(self, raw: bytes, offsets: np.ndarray) -> Iterator[tuple[int, int]]:
         """Whole documents, or parts of one, of about _CHUNK_BYTES."""
@@ -141,140 +144,103 @@ class ColumnarEncoder:
             yield begin, end
             begin = end
 
-    def _find(
-        self, text: bytes, starts: np.ndarray, values: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Look the pieces of a chunk up.
-
-        Args:
-            text: The chunk and PAD_BYTES.
-            starts: Where its pieces start.
-            values: Receives the values, shape of starts.
-
-        Returns:
-            The indices of the pieces that are in no table, and their lengths.
-        """
-        size = len(text) - PAD_BYTES
-        words = np.ndarray((size,), "<u8", text, strides=(1,)).copy()
-        lengths = np.diff(starts, append=size)
-        # Words are filled up with zeros, so a piece that has some is never looked up.
-        key_lengths = lengths
-        if text.find(0, 0, size) >= 0:
-            zeros = np.flatnonzero(np.frombuffer(text, np.uint8, size) == 0)
-            key_lengths = lengths.copy()
-            key_lengths[np.searchsorted(starts, zeros, side="right") - 1] = MAX_PIECE_BYTES + 1
-
-        keys = [np.take(words, starts, mode="clip")]
-        keys[0] &= np.take(_SHORT_MASKS, key_lengths, mode="clip")
-        found, missed = self._tables[0].find(keys)
-        values[:] = found
-        long = missed[key_lengths[missed] > WORD_BYTES]
-        absent = [missed[key_lengths[missed] <= WORD_BYTES]]
-        for table, num_words in zip(self._tables[1:], KEY_WORDS[1:], strict=True):
-            fits = key_lengths[long] <= WORD_BYTES * num_words
-            here, long = long[fits], long[~fits]
-            if here.size:
-                values[here], missed = table.find(
-                    _keys(words, starts[here], lengths[here], num_words)
-                )
-                absent.append(here[missed])
-        missing = np.concatenate([*absent, long])
-        return missing, lengths[missing]
-
     def _encode(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Values of pieces that are in no table: tiktoken's, learned for the next time."""
-        text = np.frombuffer(raw, np.uint8)[ragged.positions(starts, lengths)]
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        array = ragged.binary_array(text, bounds).dictionary_encode()
-        _, offsets, data = array.dictionary.buffers()
-        bounds = np.frombuffer(offsets, np.int64)[: len(array.dictionary) + 1]
-        text = np.frombuffer(data, np.uint8)[: bounds[-1]]
-        starts, lengths = bounds[:-1], np.diff(bounds)
+        """Values of missing pieces, learned for the next time."""
+        text = raw + bytes(MAX_PIECE_BYTES)
+        words = words_of(text)
+        key_lengths = lengths
+        if raw.find(0) >= 0:  # they cannot be in keys
+            zeros = np.flatnonzero(np.frombuffer(raw, np.uint8) == 0)
+            any_zero = np.diff(np.searchsorted(zeros, [starts, starts + lengths]), axis=0)[0] > 0
+            key_lengths = np.where(any_zero, MAX_PIECE_BYTES + 1, lengths)
         values = np.empty(len(starts), np.uint64)
         low = 0
-        for high, bpe in (
-            (WORD_BYTES, self._merges.encode),
-            (MAX_BYTES, self._merges.encode),
-            (len(raw), self._tiktoken),
-        ):
-            here = np.flatnonzero((low < lengths) & (lengths <= high))
-            if here.size:
-                values[here] = self._store.add(*bpe(text, starts[here], lengths[here]))
-            low = high
-        self._learn(text, bounds, values)
-        return values[np.asarray(array.indices)]
-
-    def _tiktoken(
-        self, text: np.ndarray, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As Merges.encode, for pieces of any length."""
-        text = text[ragged.positions(starts, lengths)]
-        if not text.all():  # they contain the separator
-            bounds = itertools.pairwise([0, *np.cumsum(lengths)])
-            ids = [self._encoding._encode_single_piece(text[a:b].tobytes()) for a, b in bounds]
-            return np.array(list(itertools.chain(*ids))), np.array(list(map(len, ids)))
-        joined = np.full(len(text) + len(lengths), _SEPARATOR, np.uint8)
-        joined[np.arange(len(text)) + np.repeat(np.arange(len(lengths)), lengths)] = text
-        ids = self._pieces.encode_to_numpy(joined.tobytes().decode(), disallowed_special=())
-        separators = np.flatnonzero(ids == self._separator)
-        counts = np.diff(separators, prepend=-1) - 1
-        return np.delete(ids, separators), counts
-
-    def _learn(self, pieces: np.ndarray, bounds: np.ndarray, values: np.ndarray) -> None:
-        """Put distinct pieces that are in no table there."""
-        text = np.concatenate([pieces, np.zeros(PAD_BYTES, np.uint8)])
-        words = np.ndarray((len(pieces),), "<u8", text, strides=(1,)).copy()
-        starts, lengths = bounds[:-1], np.diff(bounds)
-        zeros = np.flatnonzero(pieces == 0)
-        lengths[np.searchsorted(bounds, zeros, side="right") - 1] = MAX_PIECE_BYTES + 1
-        low = 0
-        for table, num_words in zip(self._tables, KEY_WORDS, strict=True):
+        for num_words in KEY_WORDS:
             high = WORD_BYTES * num_words
-            here = np.flatnonzero((low < lengths) & (lengths <= high))
-            if here.size:
-                table.insert(_keys(words, starts[here], lengths[here], num_words), values[here])
+            here = np.flatnonzero((low < key_lengths) & (key_lengths <= high))
             low = high
+            if here.size:
+                keys = keys_of(words, starts[here], lengths[here], num_words)
+                distinct, which = _distinct(np.stack(keys, axis=1))
+                pieces = distinct.view(np.uint8)
+                few = high > MAX_BYTES or len(pieces) < _FEW_PIECES
+                bpe = self._tiktoken if few else self._merges.encode
+                values[here] = self._cache.learn(distinct, *bpe(pieces))[which]
+        here = np.flatnonzero(key_lengths > MAX_PIECE_BYTES)
+        if here.size:
+            pieces = [raw[a : a + n] for a, n in zip(starts[here], lengths[here], strict=True)]
+            ids = [self._encoding._encode_single_piece(piece) for piece in pieces]
+            counts = np.fromiter(map(len, ids), np.int64, len(ids))
+            joined = np.fromiter(itertools.chain.from_iterable(ids), np.uint32, counts.sum())
+            values[here] = self._cache.learn(None, joined, counts)
+        return values
 
-    def _learn_vocabulary(self) -> None:
-        """Pieces that are one token."""
-        tokens = list(self._encoding._mergeable_ranks)
-        bounds = np.cumsum([0, *map(len, tokens)])
-        ids = np.array(list(self._encoding._mergeable_ranks.values()), np.uint64)
-        self._learn(np.frombuffer(b"".join(tokens), np.uint8), bounds, ids | ONE)
+    def _tiktoken(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As Merges.encode, of any width."""
+        joined = np.zeros((len(pieces), pieces.shape[1] + 1), np.uint8)
+        joined[:, :-1] = pieces
+        keep = joined != 0
+        keep[:, -1] = True  # a separator
+        ids = self._pieces.encode_to_numpy(joined[keep].tobytes().decode(), disallowed_special=())
+        separators = np.flatnonzero(ids == self._separator)
+        return np.delete(ids, separators), np.diff(separators, prepend=-1) - 1
 
-    def _gather(self, values: np.ndarray, document_pieces: np.ndarray) -> np.ndarray:
+    def _gather(self, pieces: _Pieces) -> np.ndarray:
         """Token ids of all pieces, and the end of text before each document."""
-        several = np.flatnonzero(values >= TWO)
-        counts = (values[several] >> np.uint64(32)).view(np.int64)
+        several, documents = pieces.several, pieces.documents
+        num_documents = len(documents)
+        tokens, counts = self._cache.tokens(pieces.values)
         extra = np.concatenate([[0], np.cumsum(counts - 1)])
-        before = np.searchsorted(several, document_pieces)  # the pieces of several tokens
-        num_documents = len(document_pieces)
-        documents = np.repeat(
-            np.arange(num_documents + 1), np.diff(before, prepend=0, append=len(several))
-        )
-        ids = np.empty(len(values) + extra[-1] + num_documents, self.dtype)
-        single = np.ones(len(ids), bool)
-        eots = document_pieces + extra[before] + np.arange(num_documents)
-        ids[eots] = self.eot
-        single[eots] = False
-        if several.size:
-            at = ragged.positions(several + extra[:-1] + documents, counts)
-            ids[at] = self._store.tokens(values[several])
-            single[at] = False
-        ids[single] = values.astype(self.dtype)[values < TWO]
+        before = np.searchsorted(several, documents)  # pieces of several tokens
+        ends_of_text = documents + extra[before] + np.arange(num_documents)
+        # documents that start up to each piece of several tokens
+        begun = np.diff(before, prepend=0, append=len(several))
+        begun = np.repeat(np.arange(num_documents + 1), begun)
+        places = ragged.positions(several + extra[:-1] + begun, counts)
+
+        ids = np.empty(len(pieces.ids) + extra[-1] + num_documents, self.dtype)
+        rest = np.ones(len(ids), bool)
+        rest[ends_of_text] = False
+        rest[places] = False
+        single = np.ones(len(pieces.ids), bool)
+        single[several] = False
+        ids[ends_of_text] = self.eot
+        ids[places] = tokens
+        ids[rest] = pieces.ids[single]
         return ids
 
 
-def _keys(
-    words: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_words: int
-) -> list[np.ndarray]:
-    """Keys of pieces that are at most num_words words long; words holds one for every byte."""
-    keys = []
-    for first in range(0, WORD_BYTES * num_words, WORD_BYTES):
-        key = np.take(words, starts + first, mode="clip")
-        key &= np.take(_WORD_MASKS, lengths - first, mode="clip")
-        keys.append(key)
-    return keys
+@dataclass
+class _Pieces:
+    """The pieces of a block.
+
+    Attributes:
+        ids: Tokens of those that are one token, shape (n_pieces,); else anything.
+        several: Indices of the other ones, rising.
+        values: Their values in the cache.
+        documents: How many pieces precede each document.
+    """
+
+    ids: np.ndarray
+    several: np.ndarray
+    values: np.ndarray
+    documents: np.ndarray
+
+
+def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows of an array of words, and for each row, which of them it is."""
+    num_rows, num_words = keys.shape
+    if num_words == 1:
+        rows = pa.array(keys[:, 0]).dictionary_encode()
+    else:
+        rows = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(WORD_BYTES * num_words), num_rows, [None, pa.py_buffer(keys)]
+        ).dictionary_encode()
+    distinct = np.frombuffer(rows.dictionary.buffers()[1], np.uint64)
+    return (
+        distinct[: len(rows.dictionary) * num_words].reshape(-1, num_words),
+        np.asarray(rows.indices),
+    )
 
 
 def _piece_encoding(encoding: tiktoken.Encoding) -> tiktoken.Encoding:

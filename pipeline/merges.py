@@ -15,15 +15,23 @@ import pyarrow.compute as pc
 
 from pipeline import ragged
 
+MAX_BYTES = 16  # of a piece
+_BATCH = 1 << 14  # pieces
+
+# A merge is a number of 32 bits: the merged token's id, and the row of the left one (_ROW_BITS), so
+# that the least of some merges is the one to make first.
+_ROW_BITS = np.uint64(5)
+_ROW = np.uint32((1 << 5) - 1)
+NO_MERGE = np.uint32(0xFFFF_FFFF)
+_BIT = np.uint32(1)
+# Two tokens and a merge fill 62 bits of a table's entry.
+_TOKEN_BITS = np.uint64(19)
+MAX_TOKEN = 1 << 19
+_MERGE_BITS = np.uint64(24)
+_MERGE_MASK = np.uint64((1 << 24) - 1)
 _EMPTY = np.uint64(0x7FFF_FFFF_FFFF_FFFF)
 _MORE = np.uint64(0x8000_0000_0000_0000)
-MAX_BYTES = 16  # of a piece
-_BATCH_LOG2 = 13
-_BATCH = 1 << _BATCH_LOG2  # pieces; their arrays stay in the processor's cache
-
-_ROW_BITS = np.uint32(5)
-_ROW = np.uint32((1 << 5) - 1)
-_NO_MERGE = np.uint32(0xFFFF_FFFF)
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Merges:
@@ -35,106 +43,109 @@ class Merges:
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         short = {token: rank for token, rank in ranks.items() if len(token) <= MAX_BYTES}
-        self._pairs = PairTable(*_pairs(short), none=max(short.values()) + 1)
+        self._none = max(short.values()) + 1
+        if self._none >= MAX_TOKEN:
+            raise ValueError(f"token ids reach {self._none}, above {MAX_TOKEN}")
+        self._pairs = PairTable(*_pairs(short))
         self._bytes = np.array([ranks[bytes([byte])] for byte in range(256)], np.uint32)
         first, second = np.divmod(np.arange(1 << 16), 256)
-        self._byte_pairs = self._merge_of(self._bytes[first], self._bytes[second])
+        self._byte_pairs = self._pairs.find(self._bytes[first], self._bytes[second])
 
-    def encode(
-        self, text: np.ndarray, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of pieces by the merges alone.
 
         Args:
-            text: Bytes, shape (n_bytes,), uint8.
-            starts: Where the pieces start in it, shape (n_pieces,).
-            lengths: Their lengths, 1 to MAX_BYTES; the work is that of the longest for all.
+            pieces: Their bytes, filled up with zeros, shape (n, width ≤ MAX_BYTES), uint8; none is
+                empty or contains zeros.
 
         Returns:
-            Their ids joined, uint32, and each piece's number of tokens, shape (n_pieces,).
+            Their ids joined, uint32, and each piece's number of tokens, shape (n,), int64.
         """
         ids, counts = [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
-        for first in range(0, len(starts), _BATCH):
-            batch = slice(first, first + _BATCH)
-            some = self._encode_batch(text, starts[batch], lengths[batch])
+        for first in range(0, len(pieces), _BATCH):
+            some = self._encode_batch(pieces[first : first + _BATCH].T.copy())
             ids.append(some[0])
             counts.append(some[1])
         return np.concatenate(ids), np.concatenate(counts)
 
-    def _encode_batch(
-        self, text: np.ndarray, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        num, width = len(starts), int(lengths.max())
+    def _encode_batch(self, letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Column k holds piece k: byte j of it, later the token that starts there, in row j + 1.
         # Rows 0 and length + 1 hold what merges with nothing.
-        columns = np.arange(width, dtype=np.uint8)[:, None]
-        letters = np.take(text, starts + columns, mode="clip")
-        inside = columns < lengths.astype(np.uint8)
-        shape = (width + 2, _BATCH)
-        tokens = np.full(shape, self._pairs.none, np.uint32)
-        np.copyto(tokens[1:-1, :num], np.take(self._bytes, letters), where=inside)
-        # The merge of each token with the next one: its rank, then its row, so that the least
-        # one is the merge to make.
-        merge = np.full(shape, _NO_MERGE, np.uint32)
+        width, num = letters.shape
+        inside = letters != 0
+        tokens = np.full((width + 2, num), self._none, np.uint32)
+        np.copyto(tokens[1:-1], np.take(self._bytes, letters), where=inside)
+        merges = np.full((width + 2, num), NO_MERGE, np.uint32)  # of each token and the next one
         pairs = letters[:-1].astype(np.int64) << 8
         pairs |= letters[1:]
         first = np.take(self._byte_pairs, pairs)
-        first |= (columns[1:]).astype(np.uint32)
-        np.copyto(merge[1:width, :num], first, where=inside[1:])
-        alive = np.zeros(shape, bool)
-        alive[1:-1, :num] = inside
-        self._merge(tokens, merge, alive)
-        return tokens.T[alive.T], alive.sum(axis=0)[:num]
+        first |= np.arange(1, width, dtype=np.uint32)[:, None]
+        np.copyto(merges[1:width], first, where=inside[1:])
+        heads = self._merge(tokens, merges, inside.sum(axis=0, dtype=np.uint32))
+        alive = (heads[:, None] >> np.arange(1, width + 1, dtype=np.uint32)) & 1 != 0
+        alive &= inside.T
+        return tokens[1:-1].T[alive], alive.sum(axis=1)
 
-    def _merge(self, tokens: np.ndarray, merge: np.ndarray, alive: np.ndarray) -> None:
-        """Merge until nothing merges, in place."""
-        tokens, flat_merge, alive = tokens.reshape(-1), merge.reshape(-1), alive.reshape(-1)
-        place = np.arange(len(tokens))
-        after, before = place + _BATCH, place - _BATCH
+    def _merge(self, tokens: np.ndarray, merges: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Merge until nothing merges, in place.
+
+        Returns:
+            For each piece a number whose bits are the rows at which tokens start, shape (n,).
+        """
+        num = tokens.shape[1]
+        # Rows at which tokens start, the ones that merge with nothing too: as bits from the lowest
+        # and from the highest one on, to find the next row and the previous one.
+        up = (np.uint32(1) << (lengths + 2)) - np.uint32(1)
+        down = ~np.uint32(0) << (30 - lengths)
+        flat_tokens, flat_merges = tokens.reshape(-1), merges.reshape(-1)
         while True:
-            least = merge.min(axis=0)
-            piece = np.flatnonzero(least != _NO_MERGE)
+            least = merges.min(axis=0)
+            piece = np.flatnonzero(least != NO_MERGE)
             if not piece.size:
-                return
+                return up
             least = least[piece]
-            row = least & _ROW
-            left = (row.astype(np.int64) << _BATCH_LOG2) + piece
-            right = after[left]
-            beyond = after[right]
-            previous = before[left]
-            merged = least >> _ROW_BITS
-            tokens[left] = merged
-            alive[right] = False
-            flat_merge[right] = _NO_MERGE
-            after[left] = beyond
-            before[beyond] = left
-            changed = np.concatenate([left, previous])
-            flat_merge[changed] = self._merge_of(
-                np.concatenate([merged, tokens[previous]]),
-                np.concatenate([tokens[beyond], merged]),
-            ) | (changed >> _BATCH_LOG2).astype(np.uint32)
+            merged = least >> np.uint32(5)
+            left = least & _ROW
+            rising = up[piece]
+            right = left + _trailing_zeros(rising >> (left + 1))
+            rising ^= _BIT << right
+            up[piece] = rising
+            falling = down[piece]
+            falling ^= _BIT << (31 - right)
+            down[piece] = falling
+            beyond = left + _trailing_zeros(rising >> (left + 1))
+            previous = left - _trailing_zeros(falling >> (32 - left))
+            at, at_previous = _flat(left, num, piece), _flat(previous, num, piece)
+            flat_tokens[at] = merged
+            flat_merges[_flat(right, num, piece)] = NO_MERGE
+            new = self._pairs.find(merged, flat_tokens[_flat(beyond, num, piece)])
+            flat_merges[at] = new | left
+            new = self._pairs.find(flat_tokens[at_previous], merged)
+            flat_merges[at_previous] = new | previous
 
-    def _merge_of(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Ranks of pairs as _merge orders them, without the row."""
-        ranks = self._pairs.find(left, right)
-        return np.where(ranks == self._pairs.none, _NO_MERGE, ranks << _ROW_BITS)
+
+def _trailing_zeros(bits: np.ndarray) -> np.ndarray:
+    """The number of the lowest bit that is set, from 1 on."""
+    return np.bitwise_count(bits ^ (bits - 1))
+
+
+def _flat(rows: np.ndarray, num: int, columns: np.ndarray) -> np.ndarray:
+    return rows.astype(np.int64) * num + columns
 
 
 class PairTable:
-    """The rank that two neighbouring tokens merge to, exactly.
+    """What two neighbouring tokens merge to, exactly.
 
     Args:
-        left, right, merged: Token ids of all merges, shape (n,).
-        none: An id above all of them, below 2^21: a token that merges with nothing, and no merge.
+        left, right, merged: Token ids of all merges, below MAX_TOKEN, shape (n,).
     """
 
-    def __init__(self, left: np.ndarray, right: np.ndarray, merged: np.ndarray, none: int) -> None:
-        self.none = none
-        self._bits = np.uint64(none.bit_length())
+    def __init__(self, left: np.ndarray, right: np.ndarray, merged: np.ndarray) -> None:
         slots_log2 = max(8, int(4 * len(left)).bit_length())
         self._shift = np.uint64(64 - slots_log2)
         key = self._key(left, right)
-        entries = key << self._bits | merged.astype(np.uint64)
+        # An entry is the key, and below it the merge as find returns it.
+        entries = key << _MERGE_BITS | merged.astype(np.uint64) << _ROW_BITS
         slots = self._slots(key)
         self._table = np.full(1 << slots_log2, _EMPTY)
         self._table[slots] = entries
@@ -144,28 +155,27 @@ class PairTable:
         self._lost = np.append(np.sort(entries[lost]), _EMPTY)
 
     def find(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """The ranks that pairs merge to, or none; shape of left, uint32."""
+        """The merges of pairs: the merged token's id << 5, or NO_MERGE; shape of left, uint32."""
         key = self._key(left, right)
         entries = np.take(self._table, self._slots(key), mode="clip")
         more = entries >= _MORE
         entries &= _EMPTY
-        found = (entries >> self._bits) == key
-        more &= ~found
+        differ = (entries >> _MERGE_BITS) != key
+        more &= differ
         at = np.flatnonzero(more)
         if at.size:
-            place = np.searchsorted(self._lost, key[at] << self._bits)
-            entries[at] = self._lost[place]
-            found[at] = (entries[at] >> self._bits) == key[at]
-        ranks = entries.astype(np.uint32)
-        ranks &= np.uint32((1 << int(self._bits)) - 1)
-        ranks[~found] = self.none
-        return ranks
+            entries[at] = self._lost[np.searchsorted(self._lost, key[at] << _MERGE_BITS)]
+            differ[at] = (entries[at] >> _MERGE_BITS) != key[at]
+        entries &= _MERGE_MASK
+        merges = entries.astype(np.uint32)
+        np.copyto(merges, NO_MERGE, where=differ)
+        return merges
 
     def _key(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return left.astype(np.uint64) << self._bits | right
+        return left.astype(np.uint64) << _TOKEN_BITS | right
 
     def _slots(self, key: np.ndarray) -> np.ndarray:
-        return ((key * np.uint64(0x9E3779B97F4A7C15)) >> self._shift).view(np.int64)
+        return ((key * _MULTIPLIER) >> self._shift).view(np.int64)
 
 
 def _pairs(ranks: dict[bytes, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,11 +1,6 @@
-"""Pieces of text and their tokens: a bounded table that looks up whole arrays of pieces at once.
+"""Pieces of text and their token ids, as many as fit into a given amount of memory.
 
 Runs in: tokenizers. Pure: no I/O, no clock, no process.
-
-A piece of up to 32 bytes is a key of 1, 2 or 4 words of 8 bytes, zero-filled. A table has two
-places for each key, side by side; a new key takes an empty one, or else throws out one of the two
-at random. So the table never grows and an insertion costs the same on an endless stream of new
-pieces; pieces that come often are soon back when they were thrown out.
 """
 
 from __future__ import annotations
@@ -13,152 +8,145 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline import ragged
-
-WORD_BYTES = 8
-KEY_WORDS = (1, 2, 4)  # of the three tables
-MAX_PIECE_BYTES = WORD_BYTES * KEY_WORDS[-1]
+from pipeline.piece_table import MISSING, WORD_BYTES, PieceTable, keys_of, words_of
 
 # A value is a number of tokens in the high half, and in the low half the token itself if it is
-# one, or else the place of the first one in the store. 0 is no value.
+# one, or else the place of the first one in the store.
 _COUNT_SHIFT = np.uint64(32)
-ONE = np.uint64(1 << 32)
+_LOW = np.uint64(0xFFFF_FFFF)
 TWO = np.uint64(2 << 32)
 
-_INSERT_ROUNDS = 3
-_NO_KEY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # not UTF-8, so no piece
-_MULTIPLIERS = np.array(
-    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64
-)
+KEY_WORDS = (1, 2, 4)  # of the tables: pieces of up to 8, 16 and 32 bytes
+MAX_PIECE_BYTES = WORD_BYTES * KEY_WORDS[-1]
+_SLOTS_LOG2 = (19, 17, 14)  # 8, 4 and 1 MiB
+_STORED_TOKENS = 1 << 21  # 8 MiB
+_MAX_LOAD = 1 / 8  # of a table by the vocabulary alone
+_PAD_WORDS = WORD_BYTES * (KEY_WORDS[-1] - 1)
 
 
-class PieceTable:
-    """Values of pieces whose keys have a given number of words.
+class PieceCache:
+    """Token ids of pieces of up to 32 bytes.
 
     Args:
-        num_words: Words of a key.
-        slots_log2: Logarithm of the number of places.
+        ranks: Token id of every token's bytes: pieces that are one token are known from the start
+            and may be forgotten as any other.
     """
 
-    def __init__(self, num_words: int, slots_log2: int) -> None:
-        self._num_words = num_words
-        self._shift = np.uint64(64 - slots_log2)
-        self._rows = np.empty((1 << slots_log2, 2 * num_words), np.uint64)
-        self._random = np.random.default_rng(0)
-        self.clear()
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        self._vocabulary = []
+        self._tables = []
+        low = 0
+        for num_words, slots_log2 in zip(KEY_WORDS, _SLOTS_LOG2, strict=True):
+            high = WORD_BYTES * num_words
+            # the lowest ranks last: they come most often, and get the first places
+            known = [(t, r) for t, r in ranks.items() if low < len(t) <= high and 0 not in t][::-1]
+            text = b"".join(token.ljust(high, b"\0") for token, _ in known)
+            keys = np.frombuffer(text, "<u8").reshape(-1, num_words)
+            self._vocabulary.append((keys, np.array([rank for _, rank in known], np.uint32)))
+            needed = int(len(known) / _MAX_LOAD).bit_length()
+            self._tables.append(PieceTable(num_words, max(slots_log2, needed)))
+            low = high
+        self._words = np.empty(0, np.uint64)
+        self._clear()
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._rows[:] = 0
-        self._rows[:, 0] = _NO_KEY
-
-    @property
-    def values(self) -> np.ndarray:
-        """Every value, a view of shape (slots,); 0 where a place is empty."""
-        return self._rows[:, self._num_words]
-
-    def find(self, keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Look keys up.
+    def find(self, text: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Look pieces up.
 
         Args:
-            keys: Their words, each of shape (n,), uint64; a first word of 0 is never found.
+            text: UTF-8 bytes, and WORD_BYTES more.
+            starts: Where its pieces start, shape (n,).
+            lengths: How long they are.
 
         Returns:
-            Values, shape (n,), uint64, and the indices of the keys that are not in the table,
-            whose values mean nothing.
+            Values, shape (n,), uint64: see tokens; MISSING for the unknown.
         """
-        slots = self._slots(keys)
-        rows = np.take(self._rows, slots, axis=0, mode="clip")
-        values = rows[:, self._num_words].copy()
-        missed = np.flatnonzero(self._differ(rows, keys))
-        if missed.size:
-            keys = [key[missed] for key in keys]
-            rows = np.take(self._rows, slots[missed] ^ 1, axis=0, mode="clip")
-            values[missed] = rows[:, self._num_words]
-            missed = missed[self._differ(rows, keys)]
-        return values, missed
+        size = len(text) - WORD_BYTES
+        if len(self._words) < size + _PAD_WORDS:
+            self._words = np.empty(size + _PAD_WORDS, np.uint64)
+        words = self._words[: size + _PAD_WORDS]
+        np.copyto(words[:size], words_of(text)[:size])
+        words[size:] = 0
+        if text.find(0, 0, size) >= 0:
+            # Keys are filled up with zeros: a piece that has some might be taken for a shorter one.
+            zeros = np.flatnonzero(np.frombuffer(text, np.uint8, size) == 0)
+            lengths = lengths.copy()
+            lengths[np.searchsorted(starts, zeros, side="right") - 1] = MAX_PIECE_BYTES + 1
 
-    def insert(self, keys: list[np.ndarray], values: np.ndarray) -> None:
-        """Add keys that are not in the table; a few may be lost to others that came with them."""
-        first = self._slots(keys)
-        rows = np.zeros((len(first), 2 * self._num_words), np.uint64)
-        for column, key in enumerate(keys):
-            rows[:, column] = key
-        rows[:, self._num_words] = values
-        for _ in range(_INSERT_ROUNDS):
-            second = first ^ 1
-            taken = self._rows[first, 0] != _NO_KEY
-            full = taken & (self._rows[second, 0] != _NO_KEY)
-            coin = self._random.integers(0, 2, len(first), np.uint8)
-            slots = np.where(np.where(full, coin, taken), second, first)
-            self._rows[slots] = rows
-            lost = (self._rows[slots] != rows).any(axis=1)  # two keys went to one place
-            first, rows = first[lost], rows[lost]
+        values = self._tables[0].find(keys_of(words, starts, lengths, KEY_WORDS[0]))
+        long = np.flatnonzero(lengths > WORD_BYTES * KEY_WORDS[0])
+        for table, num_words in zip(self._tables[1:], KEY_WORDS[1:], strict=True):
+            fits = lengths[long] <= WORD_BYTES * num_words
+            here, long = long[fits], long[~fits]
+            if here.size:
+                values[here] = table.find(keys_of(words, starts[here], lengths[here], num_words))
+        values[long] = MISSING
+        return values
 
-    def _slots(self, keys: list[np.ndarray]) -> np.ndarray:
-        hashed = keys[0] * _MULTIPLIERS[0]
-        for key, multiplier in zip(keys[1:], _MULTIPLIERS[1:], strict=False):
-            hashed += key * multiplier
-        hashed >>= self._shift
-        return hashed.view(np.int64)
+    def tokens(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of pieces of several tokens each (values of TWO and above, but MISSING).
 
-    def _differ(self, rows: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
-        differ = rows[:, 0] != keys[0]
-        for column in range(1, self._num_words):
-            differ |= rows[:, column] != keys[column]
-        return differ
+        Returns:
+            The ids, joined, and the number of each piece's, shape of values, int64.
+        """
+        counts = (values >> _COUNT_SHIFT).view(np.int64)
+        return self._ids[ragged.positions((values & _LOW).view(np.int64), counts)], counts
 
+    def learn(self, keys: np.ndarray | None, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Add distinct pieces that are missing.
 
-class TokenStore:
-    """Token ids of the pieces that are several tokens, one after another."""
+        Args:
+            keys: Their keys, shape (n, number of words), one of KEY_WORDS; pieces without zero
+                bytes. None for pieces that cannot be looked up.
+            ids: Their tokens joined.
+            counts: How many each has, shape (n,), int64.
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._ids = np.empty(capacity, np.uint32)
-        self._used = 0
+        Returns:
+            Their values, good until make_room.
+        """
+        ends = np.cumsum(counts)
+        first = ends - counts
+        places = np.where(counts == 1, ids[first], self._used + first)
+        values = (counts.view(np.uint64) << _COUNT_SHIFT) | places.astype(np.uint64)
+        self._store(ids)
+        if keys is not None:
+            self._tables[KEY_WORDS.index(keys.shape[1])].insert(list(keys.T), values)
+        return values
 
-    @property
-    def full(self) -> bool:
-        """It holds more than it should after a block; see compact."""
-        return self._used > self._capacity
+    def make_room(self) -> None:
+        """Drop the tokens of forgotten pieces if the store is full; old values mean nothing then.
 
-    def add(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Keep the ids of some pieces, joined. Returns: the pieces' values."""
+        If most of the store is still in use, everything but the vocabulary is forgotten.
+        """
+        if self._used <= _STORED_TOKENS:
+            return
+        places = [np.flatnonzero(table.values >= TWO) for table in self._tables]
+        old = [table.values[at] for table, at in zip(self._tables, places, strict=True)]
+        ids, counts = self.tokens(np.concatenate(old))
+        if len(ids) > _STORED_TOKENS // 2:
+            self._clear()
+            return
+        first = (np.cumsum(counts) - counts).astype(np.uint64)
+        values = counts.astype(np.uint64) << _COUNT_SHIFT | first
+        parts = np.split(values, np.cumsum([len(at) for at in places[:-1]]))
+        for table, at, part in zip(self._tables, places, parts, strict=True):
+            table.values[at] = part
+        self._ids, self._used = np.empty(_STORED_TOKENS, np.uint32), 0
+        self._store(ids)
+
+    def _clear(self) -> None:
+        """Forget everything but the vocabulary."""
+        self._ids, self._used = np.empty(_STORED_TOKENS, np.uint32), 0
+        for table in self._tables:
+            table.clear()
+        for keys, ids in self._vocabulary:
+            self.learn(keys, ids, np.ones(len(ids), np.int64))
+        self._used = 0  # single tokens are not looked up there
+
+    def _store(self, ids: np.ndarray) -> None:
         end = self._used + len(ids)
-        if end > len(self._ids):
+        if end > len(self._ids):  # until make_room
             grown = np.empty(end, np.uint32)
             grown[: self._used] = self._ids[: self._used]
             self._ids = grown
         self._ids[self._used : end] = ids
-        ends = np.cumsum(counts)
-        first = ends - counts
-        place = np.where(counts == 1, ids[first], first + self._used)
         self._used = end
-        return (counts.astype(np.uint64) << _COUNT_SHIFT) | place.astype(np.uint64)
-
-    @staticmethod
-    def _split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Place of the first token, and number of tokens."""
-        place = (values & np.uint64(0xFFFF_FFFF)).view(np.int64)
-        return place, (values >> _COUNT_SHIFT).view(np.int64)
-
-    def tokens(self, values: np.ndarray) -> np.ndarray:
-        """The ids of values of several tokens each, joined."""
-        return self._ids[ragged.positions(*self._split(values))]
-
-    def compact(self, tables: list[PieceTable]) -> None:
-        """Keep only what the tables still refer to; or nothing, if that is most of it."""
-        places = [np.flatnonzero(table.values >= TWO) for table in tables]
-        values = np.concatenate(
-            [table.values[at] for table, at in zip(tables, places, strict=True)]
-        )
-        ids = self.tokens(values)
-        self._ids, self._used = np.empty(self._capacity, np.uint32), 0
-        if len(ids) > self._capacity // 2:
-            for table in tables:
-                table.clear()
-            return
-        values = self.add(ids, (values >> _COUNT_SHIFT).astype(np.int64))
-        first = 0
-        for table, at in zip(tables, places, strict=True):
-            table.values[at] = values[first : first + len(at)]
-            first += len(at)

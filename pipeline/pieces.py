@@ -62,37 +62,39 @@ class Gpt2Splitter:
         size = len(text) - PAD_BYTES
         raw = np.frombuffer(text, np.uint8)
         codes = np.frombuffer(bytearray(text.translate(self._ascii)), np.uint8)
-        wide_spaces = _paint(codes, raw, self._codes)
+        special = raw >= 0xC0
+        special |= raw == _APOSTROPHE
+        special = np.flatnonzero(special)
+        wide = raw[special] >= 0xC0
+        wide_spaces = _paint(codes, raw, special[wide], self._codes)
         codes[size:] = _WHITE  # white space at the end of the text is not split
 
         apart = codes >> 4
         apart[1:] &= codes[:-1]
         apart = apart == 0  # from the character before
-        start = apart.copy()
-        last_white = codes[:-1] > (codes[1:] | (_WHITE_BIT - 1))
-        start[:-1] |= last_white
+        ends = bounds[1:][bounds[1:] > 0] - 1
+        apart_at_ends = apart[ends]
+        start = apart
+        start[:-1] |= codes[:-1] > (codes[1:] | (_WHITE_BIT - 1))  # the last of white space
         # every document is a text of its own
         start[size:] = False
-        ends = bounds[1:][bounds[1:] > 0] - 1
-        start[ends] = apart[ends]
+        start[ends] = apart_at_ends
         for first, last in wide_spaces:
             start[first] |= start[last]
             start[last] = False
-        first = bounds[:-1][bounds[:-1] < size]
-        start[first] = True
-        _split_contractions(start, raw, bounds, size)
+        start[bounds[:-1]] = True
+        _split_contractions(start, raw, special[~wide], bounds)
         return np.flatnonzero(start[:size])
 
 
-def _paint(codes: np.ndarray, raw: np.ndarray, of_code_point: np.ndarray) -> list[np.ndarray]:
-    """Give every byte of a wide character the code of its code point.
+def _paint(
+    codes: np.ndarray, raw: np.ndarray, leads: np.ndarray, of_code_point: np.ndarray
+) -> list[np.ndarray]:
+    """Give every byte of the wide characters, which start at leads, the code of the code point.
 
     Returns:
         First and last bytes of white space of 2 and of 3 bytes: pairs of arrays.
     """
-    leads = np.flatnonzero(raw >= 0xC0)
-    if not leads.size:
-        return []
     lead = raw[leads]
     spaces = []
     for at, length in (
@@ -115,21 +117,19 @@ def _paint(codes: np.ndarray, raw: np.ndarray, of_code_point: np.ndarray) -> lis
     return spaces
 
 
-def _split_contractions(start, raw, bounds, size) -> None:
+def _split_contractions(
+    start: np.ndarray, raw: np.ndarray, apostrophes: np.ndarray, bounds: np.ndarray
+) -> None:
     """An apostrophe where a piece starts, and s d m t ll ve or re behind it, are a piece."""
-    at = np.flatnonzero(raw == _APOSTROPHE)
-    at = at[start[at]]
+    at = apostrophes[start[apostrophes]]
     if not at.size:
         return
-    edge = np.zeros(size + PAD_BYTES, bool)
+    edge = np.zeros(len(raw), bool)
     edge[bounds] = True
-    one, two = raw[at + 1], raw[at + 2]
     inside = ~edge[at + 1]
+    one, two = raw[at + 1], raw[at + 2]
     short = at[_SHORT[one] & inside]
-    pair = ((one == ord("l")) | (one == ord("v")) | (one == ord("r"))) & (
-        two == np.where(one == ord("l"), ord("l"), ord("e"))
-    )
-    long = at[pair & inside & ~edge[at + 2]]
+    long = at[(_LONG[one] == two) & inside & ~edge[at + 2]]
     start[short + 1] = False
     start[short + 2] = True
     start[long + 1] = False
@@ -138,5 +138,7 @@ def _split_contractions(start, raw, bounds, size) -> None:
 
 _SHORT = np.zeros(256, bool)
 _SHORT[list(b"sdmt")] = True
+_LONG = np.full(256, 0xFF, np.uint8)  # by the first letter, the second
+_LONG[list(b"lvr")] = list(b"lee")
 
 SPLITTERS = {GPT2_PATTERN: Gpt2Splitter}
