@@ -180,8 +180,8 @@ class Fetching:
 
     def _waiting(self) -> bool:
         """Whether a lane's current shard has outgrown its bytes: nothing may be fetched ahead."""
-        currents = self._currents()
-        return any(file.wants_more and file.users & currents for file in self.state.files_in_use())
+        growing = self.state.growing()
+        return bool(growing) and any(file.users & self._currents() for file in growing)
 
     def _make_room(self, file: File, want: int) -> bool:
         """Give up shards fetched ahead, the furthest first, until the reservation fits."""
@@ -272,9 +272,8 @@ class Fetching:
     def assign(self) -> None:
         """Grant growth that was refused before, attach what fits, hand fetches to idle fetchers."""
         state = self.state
-        for file in state.files_in_use():
-            if file.wants_more and not self._doomed(file):
-                self._grow(file)
+        for file in state.growing():
+            self._grow(file)
         self.attach()
         wanted = [
             run
@@ -432,12 +431,11 @@ class Fetching:
 
     def starving(self) -> BudgetError | None:
         """The error of a run that cannot go on because a shard of unknown length outgrew it."""
-        for file in self.state.files_in_use():
-            if file.wants_more:
-                shard = self.state.plan.shards[file.shard]
-                return BudgetError(
-                    f"{shard.name} is longer than {file.reserved_bytes / 1e9:.3f} GB (its server "
-                    f"does not say how long) and the disk budget has no room for more of it",
-                    "give a larger --max-disk or fewer --lanes",
-                )
+        for file in self.state.growing():
+            shard = self.state.plan.shards[file.shard]
+            return BudgetError(
+                f"{shard.name} is longer than {file.reserved_bytes / 1e9:.3f} GB (its server "
+                f"does not say how long) and the disk budget has no room for more of it",
+                "give a larger --max-disk or fewer --lanes",
+            )
         return None

@@ -9,6 +9,8 @@ itself, so no lane can take what another needs to go on; shards read ahead use w
 
 from __future__ import annotations
 
+import itertools
+
 from pipeline.errors import BadRecordsError, ShardError
 from pipeline.fetching import Fetching
 from pipeline.messages import (
@@ -72,39 +74,35 @@ class Filling:
 
     def assign(self) -> None:
         """Open fetched shards and hand out FillBlocks, the lane that is least ahead first."""
-        lanes = sorted(self.state.lanes, key=self._ahead)
+        free = self.state.free_slots
+        lanes = [(lane, lane.head) for lane in sorted(self.state.lanes, key=self._ahead)]
         depth = self._open_ahead if self.state.confirmed else 1  # see Fetching.attach
-        for lane in lanes:
-            for run in list(lane.runs)[:depth]:
+        for lane, _ in lanes:
+            for run in itertools.islice(lane.runs, depth):
                 if run.worker is None and not run.ended:
                     self._open(run)
-        for lane in lanes:
-            head = lane.head
-            if head is not None and self._slot_for(lane, head=True):
+        if not free:
+            return
+        keep = {lane.index for lane, head in lanes if head and not self._holds(lane, head)}
+        for lane, head in lanes:
+            if head is not None and len(free) > len(keep - {lane.index}):
                 self._fill(head, _FILLS_AHEAD)
-        for lane in lanes:
-            for run in list(lane.runs)[:depth]:
-                if run is not lane.head and self._slot_for(lane, head=False):
+                if head.filling is not None:
+                    keep.discard(lane.index)
+        for lane, head in lanes:
+            for run in itertools.islice(lane.runs, depth):
+                if run is not head and len(free) > len(keep):
                     self._fill(run, 1)
 
-    def _slot_for(self, lane: Lane, *, head: bool) -> bool:
-        """Whether a free text slot may go to this lane: kept slots go to heads without one."""
-        kept = sum(
-            1
-            for other in self.state.lanes
-            if other.head is not None and not self._holds(other) and not (head and other is lane)
-        )
-        return len(self.state.free_slots) > kept
-
     @staticmethod
-    def _holds(lane: Lane) -> bool:
+    def _holds(lane: Lane, head: Run) -> bool:
         """Whether the lane holds a slot for a block that does not come after its head."""
-        head = lane.head
-        return any(
-            run.filling is not None or run.blocks
-            for run in lane.runs
-            if head is None or run.sequence <= head.sequence
-        )
+        for run in lane.runs:
+            if run.filling is not None or run.blocks:
+                return True
+            if run is head:
+                return False
+        return False
 
     def _open(self, run: Run) -> None:
         state, file = self.state, self.state.files[run.shard]

@@ -230,13 +230,14 @@ class Scheduler:
     def _check_not_stuck(self) -> None:
         """Idle implies that the ring is full or the stream has ended."""
         state = self.state
-        waiting = any(file.not_before > state.now for file in state.files)
-        if waiting or not state.confirmed:
+        if not state.confirmed:
             return
         for worker in state.workers.values():
             growing = worker.file is not None and worker.file.wants_more
             if not worker.ready or worker.killed or (worker.work and not growing):
                 return
+        if any(file.not_before > state.now for file in state.files_in_use()):
+            return
         C, slots = state.plan.ring.slot_tokens, state.plan.ring.slots
         for lane in state.lanes:
             if lane.end is None and lane.placed < (lane.released + slots) * C:

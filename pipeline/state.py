@@ -246,7 +246,10 @@ class Lane:
     @property
     def head(self) -> Run | None:
         """The first run that still has blocks to come out of its shard."""
-        return next((run for run in self.runs if not run.ended), None)
+        for run in self.runs:
+            if run.num_blocks is None:
+                return run
+        return None
 
 
 @dataclass(eq=False)
@@ -301,6 +304,14 @@ class State:
         shards = {run.shard for lane in self.lanes for run in lane.runs}
         shards |= {worker.file.shard for worker in self.workers.values() if worker.file}
         return [self.files[shard] for shard in sorted(shards)]
+
+    def growing(self) -> list[File]:
+        """Files whose fetcher waits for more bytes, and has not been killed."""
+        return [
+            worker.file
+            for worker in self.workers.values()
+            if worker.file is not None and worker.file.wants_more and not worker.killed
+        ]
 
     def name(self, run: Run) -> str:
         """How a person knows the run's shard."""
