@@ -194,10 +194,10 @@ def _too_small(gen: Generation, what: str) -> bool:
     known = world.checkpoints if gen.ready else gen.scheduler.state.checkpoint_bytes or 0
     if world.fixed_bytes + known + world.floor * world.lanes > sim.disk.budget:
         return True
-    current = [lane.runs[0].shard for lane in gen.scheduler.state.lanes if lane.runs]
-    held = sum(max(world.floor, sim.disk.size(shard)) for shard in current)
-    if "in the cache" in what and world.fixed_bytes + known + held > sim.disk.budget:
-        return True
+    if "in the cache" in what:  # its readers hold more than was thought that checkpoints leave
+        current = [lane.runs[0].shard for lane in gen.scheduler.state.lanes if lane.runs]
+        held = sum(max(world.floor, gen.found.get(shard, 0)) for shard in current)
+        return gen.known is not None and world.fixed_bytes + known + held > sim.disk.budget
     steps = [
         -(-shard.size // world.step_bytes) * world.step_bytes
         for shard in world.shards

@@ -89,25 +89,25 @@ class Consumer(Process):
         return None if best is None else best[1]
 
     def will_starve(self, unsent: Iterable[Message]) -> bool:
-        """Whether it frees no slot any more, though it reads all that was published.
+        """Whether it frees no slot any more, though it reads all that was published. Lanes that
+        have ended do not count: all that is theirs has left the disk.
 
         Args:
             unsent: What the scheduler has said and the shell has not sent.
         """
-        if any(isinstance(message, SlotReleased) for message in self.outbox):
-            return False
         keep = self.positions, self.valid, self.ends
         self.positions, self.valid, self.ends = [*keep[0]], [*keep[1]], [*keep[2]]
         try:
             for message in (*self.inbox, *unsent):
                 if isinstance(message, SlotPublished | LaneEnded):
                     self.take(message)
+            freed = {message.lane for message in self.outbox if isinstance(message, SlotReleased)}
             while (lane := self._next_lane()) is not None and lane != -1:
                 begin = self.positions[lane]
                 self.positions[lane] = self._end_of_read(lane, begin)
                 if self.positions[lane] // self.C > begin // self.C:
-                    return False
-            return True
+                    freed.add(lane)
+            return all(self.ends[lane] is not None for lane in freed)
         finally:
             self.positions, self.valid, self.ends = keep
 

@@ -74,6 +74,7 @@ class Generation:
 
     def __init__(self, sim: Simulation, cursor: Cursor, checkpoint_bytes: int | None) -> None:
         self.sim, self.base = sim, cursor
+        self.known, self.found = checkpoint_bytes, dict(sim.disk.whole)
         self.scheduler = Scheduler(sim.plan(cursor), checkpoint_bytes)
         self.children: dict[str, Process] = {}
         self.order: list[Process] = []
@@ -165,10 +166,11 @@ class Generation:
                 due.append(sim.now + 2)
             elif child.alive and child.stalled_until > sim.now:
                 due.append(child.stalled_until)
-        if not due:
-            raise Violation("deadlock: nothing is on its way, and the reader waits")
-        sim.now = max(sim.now, min(due) + _STEP_S)
+        if due:
+            sim.now = max(sim.now, min(due) + _STEP_S)
         self._time()
+        if not due and not self.spawns and not any(c.outbox or c.can_step() for c in self.order):
+            raise Violation("deadlock: nothing is on its way, and the reader waits")
 
     def _time(self) -> None:
         if not self.failed:

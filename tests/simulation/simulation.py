@@ -21,6 +21,7 @@ HANG_S = 20.0
 MAX_STEPS = 12_000
 MAX_GENERATIONS = 16
 _ROOMY = 10_000
+_MAX_DEATHS = 40  # of one shard's doing
 
 
 class Simulation:
@@ -190,6 +191,8 @@ class Simulation:
         if poison.at != at or (at not in ("fetch", "open") and poison.block != block):
             return False
         self.poison_left[shard] -= 1
+        if poison.deaths - self.poison_left[shard] > _MAX_DEATHS:
+            raise Violation(f"shard {shard} has killed {_MAX_DEATHS} workers, and goes on")
         self.injected[f"poison_{at}"] += 1
         return True
 

@@ -122,7 +122,7 @@ FAULTS = (
     "lose_cache",
     "other_tokens",
 )
-_COMMON = FAULTS[:10]
+_COMMON, _ENDINGS = FAULTS[:10], FAULTS[10:]
 
 
 def draw(seed: int) -> World:
@@ -138,7 +138,7 @@ def draw(seed: int) -> World:
     seq_len = 1 + upto(3)
     workers = 1 + upto(2), 1 + upto(2), 1 + upto(2)
     endless = r() < 0.1 and any(block.tokens for shard in shards for block in shard.blocks)
-    num_faults = 0 if r() < 0.2 else upto(7)
+    num_faults = 0 if r() < 0.2 else upto(9)
     bad = r() < 0.5
     return World(
         seed=seed,
@@ -154,13 +154,13 @@ def draw(seed: int) -> World:
         decompressors=workers[1],
         tokenizers=workers[2],
         prefetch=upto(3),
-        extra_bytes=-1 - upto(9) if r() < 0.03 else 0 if r() < 0.3 else upto(60),
+        extra_bytes=-1 - upto(9) if r() < 0.03 else 0 if r() < 0.2 else upto(80),
         step_bytes=1 + upto(9),
         fixed_bytes=upto(5),
         checkpoint_bytes=upto(12),
         kept=1 + upto(1),
-        understated=upto(3) if r() < 0.2 else 0,
-        max_bad_records=99 if r() < 0.8 else upto(3),
+        understated=upto(12) if r() < 0.3 else 0,
+        max_bad_records=99 if r() < 0.7 else upto(3),
         max_bad_shards=99 if bad else upto(2),
         writer=r() < 0.4,
         update_windows=1 + upto(3),
@@ -172,7 +172,7 @@ def draw(seed: int) -> World:
 
 
 def _fault(rng: Random) -> Fault:
-    kinds = _COMMON if rng.random() < 0.75 else FAULTS
+    kinds = _COMMON if rng.random() < 0.7 else _ENDINGS
     step = int(2 ** (rng.random() * 8.5))  # early and late ones alike
     return Fault(step, kinds[int(rng.random() * len(kinds))], rng.random())
 
@@ -189,14 +189,14 @@ def _shard(rng: Random) -> SimShard:
     poison = None
     if r() < 0.05:
         at = ("fetch", "open", "fill", "encode", "place")[int(r() * 5)]
-        poison = Poison(at, int(r() * (num_blocks + 1)), 1 + int(r() * 9))
+        poison = Poison(at, int(r() * (num_blocks + 1)), 99 if r() < 0.2 else 1 + int(r() * 6))
     return SimShard(
         size=size,
         listed=listed,
         local=local,
         blocks=blocks,
-        end_bad=1 if r() < 0.1 else 0,
-        unreadable=int(r() * (num_blocks + 1)) if r() < 0.04 else None,
+        end_bad=1 if r() < 0.15 else 0,
+        unreadable=int(r() * (num_blocks + 1)) if r() < 0.08 else None,
         failures=1 + int(r() * 3) if r() < 0.04 else 0,
         poison=poison,
     )
