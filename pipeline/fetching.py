@@ -317,6 +317,7 @@ class Fetching:
         if self._fits(file, want) or (current and self._make_room(file, want)):
             file.wants_more = False
             assert file.worker is not None
+            state.workers[file.worker].heard = state.now  # it is only now that it has work again
             state.emit(Send(file.worker, Grant(file.shard, want)))
         elif not current:
             file.needs_bytes = want
@@ -383,7 +384,8 @@ class Fetching:
         if not file.users:
             self._delete(file)
         elif not worker.killed:
-            file.kills += 1
+            file.kills = file.kills + 1 if file.have_bytes <= file.died_at_bytes else 1
+            file.died_at_bytes = max(file.died_at_bytes, file.have_bytes)
             if file.kills >= self.state.plan.max_kills:
                 name = self.state.plan.shards[file.shard].name
                 self.give_up(

@@ -71,6 +71,7 @@ class Placing:
         block = self._blocks[message.block]
         worker.queue.remove(block)
         block.encoded = True
+        block.kills = 0
         self.tokens += message.num_tokens
         if block.count is None:
             block.count, block.digest = message.num_tokens, message.digest
@@ -169,6 +170,7 @@ class Placing:
         block = self._blocks[message.block]
         assert block.placed == message.first, "a Placed that nobody asked for"
         block.placed = block.granted = message.first + message.count
+        block.place_kills = 0
         if block.placed == block.count:
             del self._blocks[block.id]
             self.filling.free(block)
@@ -233,27 +235,32 @@ class Placing:
     # ── deaths ──────────────────────────────────────────────────────────────────────────────
 
     def died(self, worker: Worker) -> None:
-        """A tokenizer died: its blocks go to others; the one that it was encoding, or else the
-        one that it was placing, is the suspect."""
+        """A tokenizer died: its blocks go to others; the one that it was encoding is a suspect,
+        and the one that it was placing."""
         blocks = [block for block in self._blocks.values() if block.worker == worker.name]
-        suspects = [*worker.queue, *(block for block in blocks if block.granted > block.placed)]
-        suspect = suspects[0] if suspects and not worker.killed else None
+        encoding = next(iter(worker.queue), None)
+        placing = next((block for block in blocks if block.granted > block.placed), None)
         worker.queue.clear()
         for block in blocks:
             del self._blocks[block.id]
             block.worker, block.encoded, block.granted = None, False, block.placed
             self.filling.pending.append(block)
-        if suspect is None:
+        if worker.killed:
             return
-        suspect.kills += 1
-        if suspect.kills < self.state.plan.max_kills:
-            return
-        name = self.state.name(suspect.run)
-        error = ShardError(
-            f"{name}: encoding or placing block {suspect.number} has killed {suspect.kills} tokenizers",
-            "see log.txt; --max-bad-shards lets the run go on without this block",
-        )
-        self.filling.skip_block(suspect, error)
+        if placing is not None:
+            placing.place_kills += 1
+        if encoding is not None:
+            encoding.kills += 1
+        for suspect in (encoding, placing):
+            if suspect and max(suspect.kills, suspect.place_kills) >= self.state.plan.max_kills:
+                name = self.state.name(suspect.run)
+                error = ShardError(
+                    f"{name}: encoding block {suspect.number} has killed "
+                    f"{self.state.plan.max_kills} tokenizers",
+                    "see log.txt; --max-bad-shards lets the run go on without this block",
+                )
+                self.filling.skip_block(suspect, error)
+                return
 
     # ── cursor ──────────────────────────────────────────────────────────────────────────────
 

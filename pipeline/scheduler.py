@@ -37,6 +37,8 @@ from pipeline.state import Command, File, FileState, Kill, Lane, Plan, Spawn, St
 
 _BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 5.0
+_MAX_PASSES = 1000  # every pass but the last decides something; after an event two or three do
+_BUG = "this is a bug: please report it with log.txt"
 
 
 class Scheduler:
@@ -213,13 +215,16 @@ class Scheduler:
             FinewebError: the run cannot go on.
         """
         commands = self.state.commands
-        before = -1
+        before, passes = -1, 0
         while len(commands) != before and self.state.failure is None:
-            before = len(commands)
+            before, passes = len(commands), passes + 1
             self.placing.advance()
             self.fetching.assign()
             self.filling.assign()
             self.placing.assign()
+            if passes > _MAX_PASSES:
+                what = f"the decisions come to no rest: the last of them was {commands[-1]}"
+                self.state.fail(FinewebError(what, _BUG))
         if self.state.failure is None:
             self._check_not_stuck()
         if self.state.failure is not None:
@@ -244,7 +249,7 @@ class Scheduler:
                 starving = self.fetching.starving()
                 if starving is None:
                     what = f"lane {lane.index} is stuck at position {lane.placed}"
-                    state.fail(FinewebError(what, "this is a bug: please report it with log.txt"))
+                    state.fail(FinewebError(what, _BUG))
                 elif self._reader_waits():  # else it frees slots, and shards with them
                     state.fail(starving)
                 return

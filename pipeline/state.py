@@ -126,7 +126,8 @@ class File:
     wants_more: bool = False  # the fetcher waits for a larger grant
     needs_bytes: int = 0  # shards of unknown length: it is known to be longer than this
     users: set[tuple[int, int]] = field(default_factory=set)  # (lane, sequence)
-    kills: int = 0
+    kills: int = 0  # fetchers that died at it without getting any further
+    died_at_bytes: int = 0  # how far it was at the last of these deaths
     damaged: int = 0
     not_before: float = 0.0
 
@@ -153,7 +154,8 @@ class Block:
     first: int = 0  # tokens before this one were consumed before this generation
     granted: int = 0  # tokens up to here may be written
     placed: int = 0  # tokens up to here stand in the ring
-    kills: int = 0
+    kills: int = 0  # tokenizers that died encoding it
+    place_kills: int = 0  # tokenizers that died placing it
 
     @property
     def done(self) -> bool:

@@ -35,6 +35,7 @@ class Mutant:
     name: str
     old: str
     new: str
+    first: int = 0  # a rare one is looked for from a seed on that is known to find it
 
     @contextmanager
     def planted(self) -> Iterator[None]:
@@ -57,10 +58,10 @@ class Mutant:
         finally:
             setattr(self.owner, self.name, function)
 
-    def found_at(self, seeds: range) -> tuple[int, str] | None:
-        """The first of the seeds whose simulation breaks a promise, and which."""
+    def found_at(self, seeds: int) -> tuple[int, str] | None:
+        """The first of so many seeds whose simulation breaks a promise, and which."""
         with self.planted():
-            for seed in seeds:
+            for seed in range(self.first, self.first + seeds):
                 if what := failure(Simulation(draw(seed))):
                     return seed, what
         return None
@@ -119,8 +120,11 @@ PLANTED = (
            "(state.checkpoint_bytes or 0)", "0"),
     Mutant("a grant is given again and again", Fetching, "_grow",
            "file.wants_more = False", "pass"),
-    Mutant("a wake-up is lost: one pass after an event", Scheduler, "_settle",
-           "while len(commands) != before", "while before == -1"),
+    Mutant("a wake-up is lost: work is given out before it is known", Scheduler, "_settle",
+           "    self.placing.advance()\n        self.fetching.assign()\n        "
+           "self.filling.assign()\n        self.placing.assign()",
+           "    self.fetching.assign(); self.filling.assign(); self.placing.assign()\n        "
+           "self.placing.advance(); break"),
     Mutant("a hang is never found", Scheduler, "on_time",
            "silent > state.plan.hang_s", "False"),
 )  # fmt: skip
@@ -144,6 +148,8 @@ FOUND = (
            "if not file.users:", "if False:"),
     Mutant("starved while the reader has slots to free", Scheduler, "_check_not_stuck",
            "elif self._reader_waits():", "else:"),
+    Mutant("the wait for bytes counts as silence", Fetching, "_grow",
+           "state.workers[file.worker].heard = state.now", "pass"),
     Mutant("a worker that hangs at its start is never found", Scheduler, "on_time",
            "or not worker.ready", ""),
     Mutant("a shard left out from a block on is not read up to it", Run, "leave_out",
@@ -163,7 +169,7 @@ FOUND = (
     Mutant("no cursor before the first block", placing, "_lane_cursor",
            "if position == lane.base and not lane.records:", "if False:"),
     Mutant("a block that kills when it is placed is tried for ever", Placing, "died",
-           "*(block for block in blocks if block.granted > block.placed)", ""),
+           "placing.place_kills += 1", "pass"),
     Mutant("a worker's deaths in a row are forgotten", Scheduler, "on_death",
            "deaths = worker.deaths + 1", "deaths = 1"),
     Mutant("an endless lane without text is read for ever", Placing, "_look_for_tokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pipeline.errors import (
@@ -15,12 +16,13 @@ from pipeline.errors import (
 )
 from pipeline.messages import Cursor, LaneEnded, Skip, SlotPublished
 from pipeline.scheduler import CONSUMER
-from pipeline.state import FileState, Send
+from pipeline.state import FileState, Lane, Send, State, Worker
 from tests.simulation.matter import Violation
 
 if TYPE_CHECKING:
     from tests.simulation.consumer import Consumer
     from tests.simulation.generation import Generation
+    from tests.simulation.processes import Process
 
 
 def after_event(gen: Generation) -> None:
@@ -55,26 +57,86 @@ def after_event(gen: Generation) -> None:
 def work_conserving(gen: Generation) -> None:
     """No worker is idle while there is work that neither budget nor slots forbid."""
     state = gen.scheduler.state
-    able: dict[str, list[object]] = {"fetcher": [], "decompressor": [], "tokenizer": []}
-    for worker in state.workers.values():
-        if worker.ready:
-            able[worker.role].append(worker)
-    if gen.scheduler.filling.pending and any(len(w.queue) < 2 for w in able["tokenizer"]):  # type: ignore[attr-defined]
-        raise Violation("a block waits, and a tokenizer is idle")
-    free_fetcher = any(w.file is None for w in able["fetcher"])  # type: ignore[attr-defined]
+    able = [worker for worker in state.workers.values() if worker.ready]
+    if gen.scheduler.filling.pending:
+        _nobody(able, "tokenizer", lambda w: len(w.queue) < 2, "a block is to be encoded")
+    opens = gen.scheduler.filling._open_ahead if state.confirmed else 1
+    keep = sum(not _holds(lane) for lane in state.lanes if lane.head)
     for lane in state.lanes:
         for depth, run in enumerate(lane.runs):
+            file = state.files[run.shard]
             if run.ended or (depth and not state.confirmed):
                 continue
-            file = state.files[run.shard]
-            if run.attached and file.state is FileState.ABSENT:
-                if free_fetcher and file.not_before <= state.now:
-                    raise Violation(f"shard {run.shard} is to be fetched, and a fetcher is idle")
-            elif run.attached and file.state is FileState.CACHED and run.worker is None:
-                if able["decompressor"] and depth == 0:
-                    raise Violation(f"shard {run.shard} is not opened by an idle decompressor")
-            elif not run.attached and depth == 0 and gen.sim.world.shards[run.shard].listed:
-                raise Violation(f"lane {lane.index} needs a shard that gets no bytes")
+            what = f"shard {run.shard}, {depth} ahead in lane {lane.index}, is to be"
+            if not run.attached:
+                if depth == 0 and gen.sim.world.shards[run.shard].listed is not None:
+                    raise Violation(f"{what} read now, and gets no bytes")
+            elif file.state is FileState.ABSENT:
+                if file.not_before <= state.now:
+                    _nobody(able, "fetcher", lambda w: w.file is None, f"{what} fetched")
+            elif file.state is FileState.CACHED and depth < opens:
+                if run.worker is None:
+                    _nobody(able, "decompressor", lambda w: True, f"{what} opened")
+                elif run.filling is None:
+                    mine = int(run is lane.head and not _holds(lane))
+                    if len(state.free_slots) > keep - mine and not state.workers[run.worker].fills:
+                        raise Violation(f"{what} read, its decompressor is idle, a slot is free")
+    _prefetches(gen, state)
+
+
+def _nobody(
+    able: list[Worker], role: str, idle: Callable[[Worker], bool], what: str
+) -> None:
+    for worker in able:
+        if worker.role == role and idle(worker):
+            raise Violation(f"{what}, and {worker.name} is idle")
+
+
+def _holds(lane: Lane) -> bool:
+    """Whether a lane can go on with the text slots that it has."""
+    head = lane.head
+    upto = lane.next_sequence if head is None else head.sequence
+    return any(
+        (run.filling is not None or run.blocks) and run.sequence <= upto for run in lane.runs
+    )
+
+
+def _prefetches(gen: Generation, state: State) -> None:
+    """The first shard ahead that has no bytes would not fit, by this sum of our own."""
+    if not state.confirmed or state.growing():
+        return
+    ahead = [
+        (depth, lane.index, run)
+        for lane in state.lanes
+        for depth, run in enumerate(lane.runs)
+        if depth and not run.ended and not run.attached
+    ]
+    if not ahead or any(not lane.runs[0].attached for lane in state.lanes if lane.runs):
+        return
+    run = min(ahead, key=lambda one: one[:2])[2]
+    world = gen.sim.world
+    file = state.files[run.shard]
+    if file.worker is not None and state.workers[file.worker].killed:
+        return  # it has to go before it can come again
+    taken = world.fixed_bytes + (state.checkpoint_bytes or 0)
+    taken += world.floor * sum(1 for lane in state.lanes if lane.runs or not lane.finished)
+    currents = {(lane.index, lane.runs[0].sequence) for lane in state.lanes if lane.runs}
+    for other in state.files:
+        only_current = other.users and other.users <= currents
+        if not world.shards[other.shard].local and other is not file:
+            have = other.reserved_bytes
+            taken += max(0, have - world.floor) if only_current else have
+    size = world.shards[run.shard].listed
+    step = max(world.step_bytes, file.needs_bytes)
+    want = file.reserved_bytes or (step if size is None else size)
+    if world.shards[run.shard].local or taken + want <= gen.sim.disk.budget:
+        raise Violation(f"shard {run.shard} would fit ({taken} + {want} bytes), and is not fetched")
+
+
+def hang(child: Process, unwanted: bool) -> None:
+    """A worker that is killed for its silence has been silent, with something to do."""
+    if not unwanted and child.alive and not (child.hung or child.can_step() or child.stalled()):
+        raise Violation(f"{child.name} is killed for a hang, and had nothing to do")
 
 
 # ── the stream ──────────────────────────────────────────────────────────────────────────────

@@ -133,28 +133,30 @@ class Generation:
 
     def _act(self) -> bool:
         """Somebody does something: which of those who can is the world's choice."""
-        order, random = self.order, self.sim.random
+        order, random, patience = self.order, self.sim.random, 1 / self.sim.world.slow[4]
         n = 2 * len(order)
-        at = int(random() * n)
-        for _ in range(2):
-            for offset in range(n):
-                at += 1
-                child = order[(at >> 1) % len(order)]
-                if at & 1:
-                    if child.outbox or not child.alive:
-                        if random() < 1 / self.sim.world.slow[4]:
-                            self._receive(child)
-                            return True
-                elif child.can_step() and random() < child.speed:
+        begin = int(random() * n)
+        late: Process | None = None  # could act, and was too slow
+        for at in range(begin, begin + n):
+            child = order[(at >> 1) % len(order)]
+            if at & 1:
+                if child.outbox or not child.alive:
+                    if random() < patience:
+                        self._receive(child)
+                        return True
+                    late = child
+            elif child.can_step():
+                if random() < child.speed:
                     child.step()
                     return True
-        able = [c for c in order if c.can_step()]
-        heard = [c for c in order if c.outbox or not c.alive]
-        if able:
-            able[0].step()
-        elif heard:
-            self._receive(heard[0])
-        return bool(able or heard)
+                late = child
+        if late is None:
+            return False
+        if late.can_step():
+            late.step()
+        else:
+            self._receive(late)
+        return True
 
     def _idle(self) -> None:
         """Nobody can do anything: only time can help, or never will."""
@@ -326,6 +328,7 @@ class Generation:
                         raise Violation(f"{worker} is to be killed, and is dead")
                     child = self.children[worker]
                     child.unwanted = not reason.startswith("silent")
+                    checks.hang(child, child.unwanted)
                     child.die()
                 case Evict(shard=shard):
                     if shard in self.fetching:

@@ -85,6 +85,10 @@ class Process:
             and self.sim.now >= self.stalled_until
         )
 
+    def stalled(self) -> bool:
+        """Whether it is held up, and will go on by itself."""
+        return self.sim.now < self.stalled_until
+
     def step(self) -> None:
         """One piece of life; dies where its doom is."""
         try:

@@ -77,11 +77,11 @@ class Simulation:
             gen = self._generation()
             if gen.error is not None:
                 self.injected["ended_by_error"] += 1
-                barren = "no text at all" in gen.error.what
-                if self.cured and not barren:
+                final = "no text at all" in gen.error.what or "other tokens" in gen.error.what
+                if self.cured and not final:
                     raise Violation(f"cured, and ended again by {gen.error.what}")
                 self.outcome = type(gen.error).__name__
-                if self.random() < 0.3 or barren:
+                if final or self.random() < 0.3:
                     return self.outcome
                 self._cure()
             elif gen.done is not None and gen.done.complete:
@@ -240,8 +240,8 @@ class Simulation:
                 done = self._damage(arg)
             case "other_tokens":
                 done = self._other_tokens(gen, arg)
-            case "stop" | "consumer_killed" | "consumer_killed_writing":
-                done = self._end_consumer(gen, kind)
+            case "stop" | "consumer_killed" | "consumer_killed_writing" | "consumer_stall":
+                done = self._end_consumer(gen, kind, arg)
             case _:
                 self._cut_off(kind, arg)
         self.injected[kind] += done
@@ -275,7 +275,7 @@ class Simulation:
         self.other_tokens.add(encoded[int(arg * len(encoded))])
         return True
 
-    def _end_consumer(self, gen: Generation, kind: str) -> bool:
+    def _end_consumer(self, gen: Generation, kind: str, arg: float) -> bool:
         consumer = gen.children.get(CONSUMER)
         if consumer is None or not consumer.alive:
             return False
@@ -286,6 +286,8 @@ class Simulation:
             consumer.inbox.append(Stop("asked to stop"))
         elif kind == "consumer_killed":
             consumer.die()
+        elif kind == "consumer_stall":  # far longer than a worker may be silent
+            consumer.stalled_until = self.now + (1 + 3 * arg) * HANG_S
         else:
             consumer.doom = "midway"
         return True

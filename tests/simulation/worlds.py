@@ -118,6 +118,7 @@ FAULTS = (
     "supervisor_killed",
     "machine_down",
     "rewind",
+    "consumer_stall",
     "stop",
     "lose_cache",
     "other_tokens",
