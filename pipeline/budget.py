@@ -10,7 +10,7 @@ ahead share what is left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from pipeline.errors import BudgetError
 
@@ -24,17 +24,24 @@ def floor_bytes(sizes_bytes: Iterable[int | None], step_bytes: int) -> int:
 
 
 def charge(
-    fixed_bytes: int, floor: int, current_bytes: Sequence[int], ahead_bytes: Iterable[int]
+    fixed_bytes: int,
+    floor: int,
+    lanes: int,
+    current_bytes: Iterable[int],
+    ahead_bytes: Iterable[int],
 ) -> int:
     """Bytes taken from the budget.
 
     Args:
         fixed_bytes: Logs, small files and checkpoints (the one being written too).
         floor: From floor_bytes.
-        current_bytes: Per lane that still reads, the bytes reserved for its current shard.
-        ahead_bytes: Per shard fetched ahead, its reserved bytes.
+        lanes: Lanes that still read: each keeps its floor.
+        current_bytes: Per shard that is some lane's current one and nobody's next, its reserved
+            bytes: what is beyond the floor counts.
+        ahead_bytes: Per other shard, its reserved bytes.
     """
-    return fixed_bytes + sum(max(floor, have) for have in current_bytes) + sum(ahead_bytes)
+    beyond = sum(max(0, have - floor) for have in current_bytes)
+    return fixed_bytes + floor * lanes + beyond + sum(ahead_bytes)
 
 
 def refuse_too_small(

@@ -41,25 +41,27 @@ class Fetching:
     def charge_bytes(self) -> int:
         """Bytes taken from the budget now."""
         state = self.state
-        fixed = state.plan.fixed_bytes + (state.checkpoint_bytes or 0)
-        reading = [lane for lane in state.lanes if lane.runs or not lane.finished]
-        current = {(lane.index, lane.runs[0].sequence) for lane in reading if lane.runs}
+        currents = self._currents()
+        current: list[int] = []
+        ahead: list[int] = []
+        for file in state.files_in_use():
+            alone = file.users and file.users <= currents
+            (current if alone else ahead).append(file.reserved_bytes)
         return budget.charge(
-            fixed,
+            state.plan.fixed_bytes + (state.checkpoint_bytes or 0),
             self.floor,
-            [
-                state.files[lane.runs[0].shard].reserved_bytes if lane.runs else 0
-                for lane in reading
-            ],
-            [
-                file.reserved_bytes
-                for file in state.files_in_use()
-                if file.users - current or not file.users
-            ],
+            sum(1 for lane in state.lanes if lane.runs or not lane.finished),
+            current,
+            ahead,
         )
 
     def _fits(self, file: File, reserved_bytes: int) -> bool:
-        """Whether the budget holds with this file's reservation changed; if so, changes it."""
+        """Whether the budget holds with this file's reservation changed; if so, changes it.
+
+        What checkpoints need comes before anything beyond the floor.
+        """
+        if self.state.checkpoint_bytes is None and reserved_bytes > self.floor:
+            return False
         before = file.reserved_bytes
         file.reserved_bytes = reserved_bytes
         if self.charge_bytes() <= self.state.plan.budget_bytes:
@@ -71,16 +73,33 @@ class Fetching:
         """Bytes that files in the cache have or may come to have."""
         return sum(file.reserved_bytes for file in self.state.files_in_use())
 
-    def check_budget(self) -> None:
+    def check_budget(self, checkpoint_bytes: int) -> None:
         """Refuse a budget that is too small, as soon as all its parts are known."""
         state = self.state
         budget.refuse_too_small(
             state.plan.budget_bytes,
             fixed_bytes=state.plan.fixed_bytes,
-            checkpoint_bytes=state.checkpoint_bytes or 0,
+            checkpoint_bytes=checkpoint_bytes,
             floor=self.floor,
             lanes=len(state.lanes),
         )
+
+    def confirm(self, checkpoint_bytes: int) -> None:
+        """The consumer has said what its checkpoints need: shards ahead make room for them.
+
+        Raises:
+            BudgetError: the budget is too small for them.
+        """
+        state = self.state
+        self.check_budget(checkpoint_bytes)
+        state.checkpoint_bytes, state.confirmed = checkpoint_bytes, True
+        while (charge := self.charge_bytes()) > state.plan.budget_bytes:
+            if not self._give_up_ahead():
+                raise BudgetError(
+                    f"the shards in the cache, {checkpoint_bytes / 1e9:.3f} GB of checkpoints and "
+                    f"the logs take {charge / 1e9:.3f} GB, more than the disk budget",
+                    f"give --max-disk {charge / 1e9 + 0.0005:.3f} or more",
+                )
 
     # ── what the cache held at the start ────────────────────────────────────────────────────
 
@@ -115,22 +134,26 @@ class Fetching:
     def attach(self, on_disk: dict[int, int] | None = None) -> None:
         """Set bytes aside for runs, current ones first, then as far ahead as the budget allows."""
         state = self.state
-        depth = 0
-        while True:
-            runs = [lane.runs[depth] for lane in state.lanes if len(lane.runs) > depth]
-            if not runs:
-                return
-            for run in runs:
-                if not run.attached and not self._attach(run, depth, on_disk or {}):
+        fits = True
+        for depth in range(max((len(lane.runs) for lane in state.lanes), default=0)):
+            for lane in state.lanes:
+                run = lane.runs[depth] if len(lane.runs) > depth else None
+                if run is None or run.attached or run.ended:
+                    continue
+                if depth > 0 and not state.confirmed and run.shard not in (on_disk or {}):
+                    continue  # nothing is begun ahead before it is sure what checkpoints need
+                fits &= self._attach(run, depth, on_disk or {})
+                if depth > 0 and not fits:
                     return
-            depth += 1
+            if not fits or state.checkpoint_bytes is None or self._waiting():
+                return  # what is needed now, and what checkpoints need, comes first
 
     def _attach(self, run: Run, depth: int, on_disk: dict[int, int]) -> bool:
-        state, file = self.state, self.state.files[run.shard]
+        file = self.state.files[run.shard]
         if not self._local(file):
-            if depth > 0 and state.checkpoint_bytes is None:
-                return False  # what checkpoints need comes before anything fetched ahead
-            want = file.reserved_bytes or on_disk.get(run.shard, 0) or self._first_grant(file)
+            if self._doomed(file):
+                return False
+            want = file.reserved_bytes or on_disk.get(run.shard, 0) or self._first_grant(file, depth)
             file.users.add((run.lane, run.sequence))
             fits = self._fits(file, want) or (depth == 0 and self._make_room(file, want))
             if not fits:
@@ -141,27 +164,62 @@ class Fetching:
         run.attached = True
         return True
 
-    def _first_grant(self, file: File) -> int:
-        size = self.state.plan.shards[file.shard].size_bytes
-        return max(self.state.plan.grant_step_bytes, file.needs_bytes) if size is None else size
+    def _first_grant(self, file: File, depth: int) -> int:
+        size, step = self.state.plan.shards[file.shard].size_bytes, self.state.plan.grant_step_bytes
+        if size is not None:
+            return size
+        return max(step, file.needs_bytes) if depth else step
+
+    def _doomed(self, file: File) -> bool:
+        """Whether its fetcher has been killed: the file goes when the death is known."""
+        return file.worker is not None and self.state.workers[file.worker].killed
+
+    def _currents(self) -> set[tuple[int, int]]:
+        """The runs that their lanes read now."""
+        return {(lane.index, lane.runs[0].sequence) for lane in self.state.lanes if lane.runs}
+
+    def _waiting(self) -> bool:
+        """Whether a lane's current shard has outgrown its bytes: nothing may be fetched ahead."""
+        growing = self.state.growing()
+        return bool(growing) and any(file.users & self._currents() for file in growing)
 
     def _make_room(self, file: File, want: int) -> bool:
         """Give up shards fetched ahead, the furthest first, until the reservation fits."""
         while not self._fits(file, want):
-            ahead = [
-                run
-                for lane in self.state.lanes
-                for depth, run in enumerate(lane.runs)
-                if depth > 0
-                and run.attached
-                and run.worker is None
-                and run.shard != file.shard
-                and not self._local(self.state.files[run.shard])
-            ]
-            if not ahead:
+            if not self._give_up_ahead():
                 return False
-            self._detach(max(ahead, key=lambda run: (run.sequence, run.lane)))
         return True
+
+    def _give_up_ahead(self) -> bool:
+        """Give up the furthest of the shards fetched ahead; False if there is none.
+
+        One that is being read ahead goes when its decompressor is dead: an open file would keep
+        its bytes.
+        """
+        ahead = [
+            run
+            for lane in self.state.lanes
+            for depth, run in enumerate(lane.runs)
+            if depth > 0
+            and run.attached
+            and not self._local(self.state.files[run.shard])
+        ]
+        ahead.sort(key=lambda run: (run.worker is None, run.sequence, run.lane))
+        if not ahead:
+            return False
+        run = ahead[-1]
+        if run.worker is None:
+            self._detach(run)
+            return True
+        self.kill(run.worker, "the shard that it reads ahead has to make room")
+        return False
+
+    def kill(self, name: str, reason: str) -> None:
+        """End a worker for no fault of its own, once."""
+        worker = self.state.workers[name]
+        if not worker.killed:
+            worker.killed = True
+            self.state.emit(Kill(name, reason))
 
     def _detach(self, run: Run) -> None:
         """The run no longer uses its file; a file that nobody uses is deleted."""
@@ -177,10 +235,7 @@ class Fetching:
         if self._local(file):
             return
         if file.worker is not None:
-            worker = self.state.workers[file.worker]
-            if not worker.killed:
-                worker.killed = True
-                self.state.emit(Kill(worker.name, "its shard is not wanted any more"))
+            self.kill(file.worker, "its shard is not wanted any more")
             return
         self._delete(file)
 
@@ -204,6 +259,8 @@ class Fetching:
     def complete(self, lane: Lane) -> None:
         """The lane's current run is done with: the next takes its place, its file may go."""
         run = lane.runs.popleft()
+        if not run.attached:
+            return
         file = self.state.files[run.shard]
         if lane.runs and lane.runs[0].shard == run.shard:  # the same shard again: keep it
             file.users.add((lane.index, lane.runs[0].sequence))
@@ -213,17 +270,17 @@ class Fetching:
     # ── handing out ─────────────────────────────────────────────────────────────────────────
 
     def assign(self) -> None:
-        """Attach what fits, grant growth that was refused before, hand fetches to idle fetchers."""
-        self.attach()
+        """Grant growth that was refused before, attach what fits, hand fetches to idle fetchers."""
         state = self.state
-        for file in state.files_in_use():
-            if file.wants_more:
-                self._grow(file)
+        for file in state.growing():
+            self._grow(file)
+        self.attach()
         wanted = [
             run
-            for depth in range(max((len(lane.runs) for lane in state.lanes), default=0))
+            for depth in range(max(map(len, (lane.runs for lane in state.lanes)), default=0))
+            if depth == 0 or state.confirmed
             for lane in state.lanes
-            if len(lane.runs) > depth and (run := lane.runs[depth]).attached
+            if len(lane.runs) > depth and (run := lane.runs[depth]).attached and not run.ended
         ]
         for run in wanted:
             file = state.files[run.shard]
@@ -254,11 +311,13 @@ class Fetching:
         """Answer a ReserveMore, or let it wait; a shard fetched ahead is given up instead."""
         state = self.state
         want = file.reserved_bytes + state.plan.grant_step_bytes
-        currents = {(lane.index, lane.runs[0].sequence) for lane in state.lanes if lane.runs}
-        current = bool(file.users & currents)
+        if not state.confirmed and want > self.floor:
+            return  # only when it is sure what checkpoints need
+        current = bool(file.users & self._currents())
         if self._fits(file, want) or (current and self._make_room(file, want)):
             file.wants_more = False
             assert file.worker is not None
+            state.workers[file.worker].heard = state.now  # it is only now that it has work again
             state.emit(Send(file.worker, Grant(file.shard, want)))
         elif not current:
             file.needs_bytes = want
@@ -302,6 +361,8 @@ class Fetching:
         if message.disk_full:
             file.not_before = state.now + state.plan.disk_full_retry_s
             state.note("disk_full", level="warning", what=message.what, remedy=message.remedy)
+            if not file.users:
+                self.drop(file)
             return
         self.give_up(file, SourceError(message.what, message.remedy))
 
@@ -323,7 +384,8 @@ class Fetching:
         if not file.users:
             self._delete(file)
         elif not worker.killed:
-            file.kills += 1
+            file.kills = file.kills + 1 if file.have_bytes <= file.died_at_bytes else 1
+            file.died_at_bytes = max(file.died_at_bytes, file.have_bytes)
             if file.kills >= self.state.plan.max_kills:
                 name = self.state.plan.shards[file.shard].name
                 self.give_up(
@@ -363,18 +425,19 @@ class Fetching:
             state.fail(error)
             return
         state.bad_shards += 1
-        run.num_blocks = run.next_block
+        run.leave_out(run.next_block)
         state.skips.append(Skip(run.lane, run.sequence, run.next_block, True, error.what))
         state.note("shard_skipped", level="warning", what=error.what, block=run.next_block)
+        if run.attached and state.files[run.shard].state is not FileState.CACHED:
+            self._detach(run)
 
     def starving(self) -> BudgetError | None:
         """The error of a run that cannot go on because a shard of unknown length outgrew it."""
-        for file in self.state.files_in_use():
-            if file.wants_more:
-                shard = self.state.plan.shards[file.shard]
-                return BudgetError(
-                    f"{shard.name} is longer than {file.reserved_bytes / 1e9:.3f} GB (its server "
-                    f"does not say how long) and the disk budget has no room for more of it",
-                    "give a larger --max-disk or fewer --lanes",
-                )
+        for file in self.state.growing():
+            shard = self.state.plan.shards[file.shard]
+            return BudgetError(
+                f"{shard.name} is longer than {file.reserved_bytes / 1e9:.3f} GB (its server "
+                f"does not say how long) and the disk budget has no room for more of it",
+                "give a larger --max-disk or fewer --lanes",
+            )
         return None

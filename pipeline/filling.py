@@ -9,19 +9,20 @@ itself, so no lane can take what another needs to go on; shards read ahead use w
 
 from __future__ import annotations
 
+import itertools
+
 from pipeline.errors import BadRecordsError, ShardError
 from pipeline.fetching import Fetching
 from pipeline.messages import (
     BadRecord,
     BlockFilled,
-    CloseShard,
     FillBlock,
     OpenShard,
     ShardEnded,
     ShardUnreadable,
     Skip,
 )
-from pipeline.state import Block, FileState, Kill, Lane, Run, Send, State, Worker
+from pipeline.state import Block, FileState, Lane, Run, Send, State, Worker
 
 _FILLS_AHEAD = 2  # FillBlocks that a decompressor may have: one at work, one next
 
@@ -54,7 +55,7 @@ class Filling:
             run = Run(lane.index, lane.next_sequence, turn.shard, turn.epoch)
             for skip in self.state.skips:
                 if (skip.lane, skip.sequence, skip.rest) == (lane.index, run.sequence, True):
-                    run.num_blocks = skip.block  # an earlier generation left the rest out
+                    run.leave_out(skip.block)  # an earlier generation has decided so
             lane.runs.append(run)
             lane.next_sequence += 1
 
@@ -73,38 +74,35 @@ class Filling:
 
     def assign(self) -> None:
         """Open fetched shards and hand out FillBlocks, the lane that is least ahead first."""
-        lanes = sorted(self.state.lanes, key=self._ahead)
-        for lane in lanes:
-            for run in list(lane.runs)[: self._open_ahead]:
+        free = self.state.free_slots
+        lanes = [(lane, lane.head) for lane in sorted(self.state.lanes, key=self._ahead)]
+        depth = self._open_ahead if self.state.confirmed else 1  # see Fetching.attach
+        for lane, _ in lanes:
+            for run in itertools.islice(lane.runs, depth):
                 if run.worker is None and not run.ended:
                     self._open(run)
-        for lane in lanes:
-            head = lane.head
-            if head is not None and self._slot_for(lane, head=True):
+        if not free:
+            return
+        keep = {lane.index for lane, head in lanes if head and not self._holds(lane, head)}
+        for lane, head in lanes:
+            if head is not None and len(free) > len(keep - {lane.index}):
                 self._fill(head, _FILLS_AHEAD)
-        for lane in lanes:
-            for run in list(lane.runs)[: self._open_ahead]:
-                if run is not lane.head and self._slot_for(lane, head=False):
+                if head.filling is not None:
+                    keep.discard(lane.index)
+        for lane, head in lanes:
+            for run in itertools.islice(lane.runs, depth):
+                if run is not head and len(free) > len(keep):
                     self._fill(run, 1)
 
-    def _slot_for(self, lane: Lane, *, head: bool) -> bool:
-        """Whether a free text slot may go to this lane: kept slots go to heads without one."""
-        kept = sum(
-            1
-            for other in self.state.lanes
-            if other.head is not None and not self._holds(other) and not (head and other is lane)
-        )
-        return len(self.state.free_slots) > kept
-
     @staticmethod
-    def _holds(lane: Lane) -> bool:
+    def _holds(lane: Lane, head: Run) -> bool:
         """Whether the lane holds a slot for a block that does not come after its head."""
-        head = lane.head
-        return any(
-            run.filling is not None or run.blocks
-            for run in lane.runs
-            if head is None or run.sequence <= head.sequence
-        )
+        for run in lane.runs:
+            if run.filling is not None or run.blocks:
+                return True
+            if run is head:
+                return False
+        return False
 
     def _open(self, run: Run) -> None:
         state, file = self.state, self.state.files[run.shard]
@@ -123,7 +121,10 @@ class Filling:
         self._next_stream += 1
         assert file.path is not None
         state.emit(
-            Send(worker.name, OpenShard(run.stream, file.path, state.name(run), run.next_block))
+            Send(
+                worker.name,
+                OpenShard(run.stream, file.path, state.name(run), run.next_block, run.end_block),
+            )
         )
 
     def _fill(self, run: Run, most: int) -> None:
@@ -150,6 +151,9 @@ class Filling:
         run = self._answer(worker, message.stream)
         run.filling = None
         run.kills = 0
+        if run.ended:  # left out while its decompressor was being killed
+            self.state.free_slots.append(message.slot)
+            return
         block = Block(
             id=self._next_block,
             run=run,
@@ -173,6 +177,8 @@ class Filling:
     def ended(self, worker: Worker, message: ShardEnded) -> None:
         run = self._answer(worker, message.stream)
         self._close(run)
+        if run.ended:  # left out while its decompressor was being killed
+            return
         run.num_blocks = message.num_blocks
         run.ended_bad = message.num_bad
         if message.num_blocks < run.next_block:
@@ -185,10 +191,14 @@ class Filling:
         self._close(run)
         error = ShardError(message.what, message.remedy)
         file = self.state.files[run.shard]
-        if message.cache_damaged and file.state is FileState.CACHED:
-            others = [other for other in self._streams.values() if other.shard == run.shard]
-            for other in others:
-                self._abandon(other)
+        if run.ended:
+            return
+        if message.cache_damaged:
+            if file.state is not FileState.CACHED:
+                return  # another stream has found it out before: it is being fetched again
+            for other in self._streams.values():
+                if other.shard == run.shard and other.worker is not None:
+                    self.fetching.kill(other.worker, "its shard is damaged in the cache")
             if self.fetching.damaged(file, error):
                 return
         self.fetching.skip_rest(run, error)
@@ -200,18 +210,6 @@ class Filling:
         if run.filling is not None:
             self.state.free_slots.append(run.filling)
         run.stream = run.worker = run.filling = None
-
-    def _abandon(self, run: Run) -> None:
-        """End another stream of a file that must go. One that is being read at this moment ends
-        with its decompressor: an open file would keep its bytes on the disk."""
-        assert run.worker is not None and run.stream is not None
-        worker = self.state.workers[run.worker]
-        if run.filling is None:
-            self.state.emit(Send(worker.name, CloseShard(run.stream)))
-            self._close(run)
-        elif not worker.killed:
-            worker.killed = True
-            self.state.emit(Kill(worker.name, "its shard is damaged in the cache"))
 
     def _report_bad(self, run: Run, num_bad: int, bad: tuple[BadRecord, ...]) -> None:
         state = self.state
@@ -270,8 +268,8 @@ class Filling:
         self._leave_out(block)
 
     def _leave_out(self, block: Block) -> None:
-        """The block has no tokens, and its slot is free."""
-        block.count, block.digest = 0, 0
+        """The block has no tokens and counts for nothing, and its slot is free."""
+        block.count, block.digest, block.documents, block.text_bytes = 0, 0, 0, 0
         self.free(block)
 
     def free(self, block: Block) -> None:

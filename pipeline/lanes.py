@@ -76,6 +76,11 @@ class LanePlan:
         self._turns: list[list[Turn]] = [[] for _ in range(lanes)]
         self._dealt_epochs = 0
 
+    @property
+    def endless(self) -> bool:
+        """Whether the shards are repeated for ever."""
+        return self._epochs is None
+
     def turn(self, lane: int, sequence: int) -> Turn | None:
         """The lane's sequence-th shard, or None after its last one."""
         turns = self._turns[lane]

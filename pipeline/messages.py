@@ -4,7 +4,7 @@ Runs in: every process. Pure.
 
     supervisor → fetcher        FetcherSetup · Fetch · Grant
     fetcher → supervisor        ReserveMore · FetchProgress · ShardFetched · FetchFailed
-    supervisor → decompressor   DecompressorSetup · OpenShard · FillBlock · CloseShard
+    supervisor → decompressor   DecompressorSetup · OpenShard · FillBlock
     decompressor → supervisor   BlockFilled · ShardEnded · ShardUnreadable
     supervisor → tokenizer      TokenizerSetup · Encode · Place
     tokenizer → supervisor      Encoded · Placed
@@ -189,12 +189,14 @@ class DecompressorSetup(Message):
 
 
 class OpenShard(Message):
-    """Make a shard readable as stream; its first skip_blocks blocks are passed over."""
+    """Make a shard readable as stream; its first skip_blocks blocks are passed over, and it
+    ends before end_block."""
 
     stream: int
     path: str
     name: str
     skip_blocks: int
+    end_block: int | None
 
 
 class FillBlock(Message):
@@ -202,12 +204,6 @@ class FillBlock(Message):
 
     stream: int
     slot: int
-
-
-class CloseShard(Message):
-    """Forget a stream; a later message may use its number for nothing else."""
-
-    stream: int
 
 
 class BlockFilled(Message):

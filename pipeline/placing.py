@@ -27,6 +27,7 @@ from pipeline.messages import (
 from pipeline.state import Block, Lane, Record, Send, State, Worker
 
 _ENCODES_AHEAD = 2  # blocks that a tokenizer may have to encode: one at work, one next
+_MAX_BARREN = 100  # shards without a token in a row, of an endless lane
 CONSUMER = "consumer"
 
 
@@ -121,7 +122,7 @@ class Placing:
                 end=lane.position + block.count,
                 sequence=block.run.sequence,
                 number=block.number,
-                shards=block.run.sequence - lane.first_sequence,
+                shards=block.run.sequence - lane.begin.sequence,
                 documents=lane.documents,
                 text_bytes=lane.text_bytes,
                 bad_records=lane.bad_records,
@@ -169,6 +170,7 @@ class Placing:
         block = self._blocks[message.block]
         assert block.placed == message.first, "a Placed that nobody asked for"
         block.placed = block.granted = message.first + message.count
+        block.place_kills = 0
         if block.placed == block.count:
             del self._blocks[block.id]
             self.filling.free(block)
@@ -188,9 +190,25 @@ class Placing:
         while lane.runs and lane.runs[0].complete:
             self.fetching.complete(lane)
             self.filling.extend(lane)
+            self._look_for_tokens(lane)
         if lane.finished and not lane.runs and lane.end is None:
             lane.end = lane.position
             lane.placed = max(lane.placed, lane.end)
+
+    def _look_for_tokens(self, lane: Lane) -> None:
+        """An endless lane without a token in it would be read for ever."""
+        lane.barren = 0 if lane.position > lane.fertile else lane.barren + 1
+        lane.fertile = lane.position
+        plan = self.state.plan
+        if plan.lanes.endless and lane.barren >= max(_MAX_BARREN, 2 * len(plan.shards)):
+            self.state.fail(
+                ShardError(
+                    f"lane {lane.index}: {lane.barren} shards in a row have no text at all, and "
+                    "the epochs have no end",
+                    "check data.stream.shards and data.stream.text_field, or set "
+                    "data.stream.epochs",
+                )
+            )
 
     def _publish(self, lane: Lane) -> None:
         """Publish slots that are whole, halo included, and the lane's end."""
@@ -217,24 +235,32 @@ class Placing:
     # ── deaths ──────────────────────────────────────────────────────────────────────────────
 
     def died(self, worker: Worker) -> None:
-        """A tokenizer died: its blocks go to others; the one it was encoding is the suspect."""
-        suspect = worker.queue[0] if worker.queue and not worker.killed else None
+        """A tokenizer died: its blocks go to others; the one that it was encoding is a suspect,
+        and the one that it was placing."""
+        blocks = [block for block in self._blocks.values() if block.worker == worker.name]
+        encoding = next(iter(worker.queue), None)
+        placing = next((block for block in blocks if block.granted > block.placed), None)
         worker.queue.clear()
-        for block in [b for b in self._blocks.values() if b.worker == worker.name]:
+        for block in blocks:
             del self._blocks[block.id]
             block.worker, block.encoded, block.granted = None, False, block.placed
             self.filling.pending.append(block)
-        if suspect is None:
+        if worker.killed:
             return
-        suspect.kills += 1
-        if suspect.kills < self.state.plan.max_kills:
-            return
-        name = self.state.name(suspect.run)
-        error = ShardError(
-            f"{name}: encoding block {suspect.number} has killed {suspect.kills} tokenizers",
-            "see log.txt; --max-bad-shards lets the run go on without this block",
-        )
-        self.filling.skip_block(suspect, error)
+        if placing is not None:
+            placing.place_kills += 1
+        if encoding is not None:
+            encoding.kills += 1
+        for suspect in (encoding, placing):
+            if suspect and max(suspect.kills, suspect.place_kills) >= self.state.plan.max_kills:
+                name = self.state.name(suspect.run)
+                error = ShardError(
+                    f"{name}: encoding block {suspect.number} has killed "
+                    f"{self.state.plan.max_kills} tokenizers",
+                    "see log.txt; --max-bad-shards lets the run go on without this block",
+                )
+                self.filling.skip_block(suspect, error)
+                return
 
     # ── cursor ──────────────────────────────────────────────────────────────────────────────
 
@@ -265,7 +291,7 @@ class Placing:
         lanes = self.state.lanes
         return Counts(
             shards=base.shards
-            + sum(lane.next_sequence - len(lane.runs) - lane.first_sequence for lane in lanes),
+            + sum(lane.next_sequence - len(lane.runs) - lane.begin.sequence for lane in lanes),
             documents=base.documents + sum(lane.documents for lane in lanes),
             text_bytes=base.text_bytes + sum(lane.text_bytes for lane in lanes),
             bad_records=base.bad_records + sum(lane.bad_records for lane in lanes),
@@ -283,12 +309,15 @@ def _lane_cursor(lane: Lane, position: int) -> tuple[LaneCursor, tuple[int, int,
             at = LaneCursor(record.sequence, record.number, position - record.start, position)
             before = record.shards, record.documents, record.text_bytes, record.bad_records
             return at, before
+    if position == lane.base and not lane.records:
+        return lane.begin, (0, 0, 0, 0)  # nothing has been read yet
     if position != lane.position:
         raise ValueError(f"lane {lane.index} was never at position {position}")
-    run = next((run for run in lane.runs if not run.all_positioned), None)
+    # a shard whose last bad records are not counted yet is not behind the cursor
+    run = next((run for run in lane.runs if not run.all_positioned or run.ended_bad), None)
     sequence = lane.next_sequence if run is None else run.sequence
     at = LaneCursor(sequence, 0 if run is None else run.positioned, 0, position)
-    shards = sequence - lane.first_sequence
+    shards = sequence - lane.begin.sequence
     return at, (shards, lane.documents, lane.text_bytes, lane.bad_records)
 
 

@@ -10,6 +10,8 @@ scheduler says so instead of waiting for ever.
 
 from __future__ import annotations
 
+import math
+
 from pipeline.errors import FinewebError, WorkerCrashError
 from pipeline.fetching import Fetching
 from pipeline.filling import Filling
@@ -35,6 +37,8 @@ from pipeline.state import Command, File, FileState, Kill, Lane, Plan, Spawn, St
 
 _BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 5.0
+_MAX_PASSES = 1000  # every pass but the last decides something; after an event two or three do
+_BUG = "this is a bug: please report it with log.txt"
 
 
 class Scheduler:
@@ -54,9 +58,8 @@ class Scheduler:
             lanes=[
                 Lane(
                     index=index,
-                    first_sequence=at.sequence,
+                    begin=at,
                     next_sequence=at.sequence,
-                    base=at.position,
                     position=at.position - at.token,
                     placed=at.position,
                     released=at.position // C,
@@ -81,7 +84,10 @@ class Scheduler:
         for lane, at in zip(self.state.lanes, start, strict=True):
             self.filling.extend(lane)
             if lane.runs:
-                lane.runs[0].next_block = lane.runs[0].positioned = at.block
+                run = lane.runs[0]
+                run.next_block = run.positioned = at.block
+                if run.end_block is not None:
+                    run.leave_out(run.end_block)
 
     # ── events ──────────────────────────────────────────────────────────────────────────────
 
@@ -91,7 +97,7 @@ class Scheduler:
         partial: dict[int, int],
     ) -> list[Command]:
         """Begin: take over what the cache holds (Fetching.adopt) and start all workers."""
-        self.fetching.check_budget()
+        self.fetching.check_budget(self.state.checkpoint_bytes or 0)
         self.fetching.adopt(complete, partial)
         for worker in self.state.workers.values():
             self.state.emit(Spawn(worker.name, worker.role))
@@ -103,8 +109,7 @@ class Scheduler:
         Raises:
             BudgetError: the budget is too small for them.
         """
-        self.state.checkpoint_bytes = size_bytes
-        self.fetching.check_budget()
+        self.fetching.confirm(size_bytes)
         return self._settle()
 
     def on_message(self, name: str, message: Message, now: float) -> list[Command]:
@@ -147,10 +152,10 @@ class Scheduler:
         state = self.state
         state.now = now
         worker = state.workers[name]
+        deaths = worker.deaths + 1
         if worker.work:
             worker.work = 1
             state.answered(worker)  # ends its busy time
-        deaths, worker.deaths = worker.deaths + 1, 0
         match worker.role:
             case "fetcher":
                 self.fetching.died(worker)
@@ -161,7 +166,7 @@ class Scheduler:
         state.note("worker_died", level="warning", who=name, how=how)
         wanted, worker.killed = worker.killed, False
         worker.deaths = 0 if wanted else deaths
-        worker.ready = False
+        worker.ready, worker.heard = False, math.inf  # its start is timed from the next look on
         worker.restarts += 1
         if worker.deaths > state.plan.max_restarts:
             state.fail(
@@ -176,14 +181,17 @@ class Scheduler:
         return self._settle()
 
     def on_time(self, now: float) -> list[Command]:
-        """Time has passed: find workers that hang, try again what was put off."""
+        """Time has passed: find workers that hang, at work or at their start, and try again what
+        was put off."""
         state = self.state
         state.now = now
         for worker in state.workers.values():
             waits = worker.file is not None and worker.file.wants_more
+            due = (worker.work and not waits) or not worker.ready
+            worker.heard = min(worker.heard, now)
             silent = now - worker.heard
-            if worker.work and not waits and not worker.killed and silent > state.plan.hang_s:
-                reason = f"silent for {silent:.0f} s with work to do"
+            if due and not worker.killed and silent > state.plan.hang_s:
+                reason = f"silent for {silent:.0f} s " + ("with work" if worker.ready else "at start")
                 worker.heard = now  # its death counts against what it works on
                 state.note("worker_hangs", level="warning", who=worker.name, reason=reason)
                 state.emit(Kill(worker.name, reason))
@@ -207,13 +215,16 @@ class Scheduler:
             FinewebError: the run cannot go on.
         """
         commands = self.state.commands
-        before = -1
+        before, passes = -1, 0
         while len(commands) != before and self.state.failure is None:
-            before = len(commands)
+            before, passes = len(commands), passes + 1
             self.placing.advance()
             self.fetching.assign()
             self.filling.assign()
             self.placing.assign()
+            if passes > _MAX_PASSES:
+                what = f"the decisions come to no rest: the last of them was {commands[-1]}"
+                self.state.fail(FinewebError(what, _BUG))
         if self.state.failure is None:
             self._check_not_stuck()
         if self.state.failure is not None:
@@ -224,24 +235,39 @@ class Scheduler:
     def _check_not_stuck(self) -> None:
         """Idle implies that the ring is full or the stream has ended."""
         state = self.state
-        waiting = any(file.not_before > state.now for file in state.files)
-        if waiting or state.checkpoint_bytes is None:
+        if not state.confirmed:
             return
         for worker in state.workers.values():
             growing = worker.file is not None and worker.file.wants_more
-            if not worker.ready or (worker.work and not growing):
+            if not worker.ready or worker.killed or (worker.work and not growing):
                 return
+        if any(file.not_before > state.now for file in state.files_in_use()):
+            return
         C, slots = state.plan.ring.slot_tokens, state.plan.ring.slots
         for lane in state.lanes:
             if lane.end is None and lane.placed < (lane.released + slots) * C:
-                state.fail(
-                    self.fetching.starving()
-                    or FinewebError(
-                        f"lane {lane.index} is stuck at position {lane.placed}",
-                        "this is a bug: please report it with log.txt",
-                    )
-                )
+                starving = self.fetching.starving()
+                if starving is None:
+                    what = f"lane {lane.index} is stuck at position {lane.placed}"
+                    state.fail(FinewebError(what, _BUG))
+                elif self._reader_waits():  # else it frees slots, and shards with them
+                    state.fail(starving)
                 return
+
+    def _reader_waits(self) -> bool:
+        """Whether the reader has read what it can: it goes T tokens in each lane in turn, so a lane
+        with nothing to read says how far it can have come in the others."""
+        T, C = self.state.plan.seq_len, self.state.plan.ring.slot_tokens
+        going = [lane for lane in self.state.lanes if lane.end is None]
+        dry = [lane for lane in going if lane.published == lane.released]
+        for lane in dry:
+            turn = max(lane.base, lane.released * C) // T
+            if all(
+                other in dry or other.released >= (turn + (other.index < lane.index)) * T // C
+                for other in going
+            ):
+                return True
+        return False
 
     # ── what is shown ───────────────────────────────────────────────────────────────────────
 

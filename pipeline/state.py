@@ -8,6 +8,7 @@ Runs in: supervisor. Pure data; the rules stand in fetching, filling and placing
 from __future__ import annotations
 
 import enum
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from pipeline.errors import FinewebError
 from pipeline.lanes import LanePlan
-from pipeline.messages import Cursor, Message, RingLayout, Skip
+from pipeline.messages import Cursor, LaneCursor, Message, RingLayout, Skip
 
 
 class ShardInfo(NamedTuple):
@@ -36,6 +37,7 @@ class Plan:
     shards: tuple[ShardInfo, ...]
     lanes: LanePlan
     ring: RingLayout
+    seq_len: int  # T: how far the reader goes in one lane before it turns to the next
     text_slots: int
     cache_dir: str
     budget_bytes: int
@@ -124,7 +126,8 @@ class File:
     wants_more: bool = False  # the fetcher waits for a larger grant
     needs_bytes: int = 0  # shards of unknown length: it is known to be longer than this
     users: set[tuple[int, int]] = field(default_factory=set)  # (lane, sequence)
-    kills: int = 0
+    kills: int = 0  # fetchers that died at it without getting any further
+    died_at_bytes: int = 0  # how far it was at the last of these deaths
     damaged: int = 0
     not_before: float = 0.0
 
@@ -151,7 +154,8 @@ class Block:
     first: int = 0  # tokens before this one were consumed before this generation
     granted: int = 0  # tokens up to here may be written
     placed: int = 0  # tokens up to here stand in the ring
-    kills: int = 0
+    kills: int = 0  # tokenizers that died encoding it
+    place_kills: int = 0  # tokenizers that died placing it
 
     @property
     def done(self) -> bool:
@@ -169,6 +173,7 @@ class Run:
     epoch: int
     next_block: int = 0  # the next block to be filled
     positioned: int = 0  # the next block to get a position
+    end_block: int | None = None  # blocks from this one on are left out
     attached: bool = False  # uses the file: its bytes are set aside for it
     worker: str | None = None  # the decompressor
     stream: int | None = None
@@ -177,6 +182,12 @@ class Run:
     ended_bad: int = 0  # bad records after the last block
     blocks: dict[int, Block] = field(default_factory=dict)  # filled and not yet placed
     kills: int = 0
+
+    def leave_out(self, block: int) -> None:
+        """Read no block from this one on."""
+        self.end_block = block if self.end_block is None else min(block, self.end_block)
+        if self.next_block >= self.end_block:
+            self.num_blocks = self.next_block
 
     @property
     def ended(self) -> bool:
@@ -211,9 +222,8 @@ class Lane:
     """One ordered token stream."""
 
     index: int
-    first_sequence: int  # the turn that this generation began with
+    begin: LaneCursor  # where this generation began
     next_sequence: int  # the next turn to become a run
-    base: int  # absolute position of the first token of this generation
     position: int  # where the next block starts
     runs: deque[Run] = field(default_factory=deque)  # the current one first
     finished: bool = False  # no turn is left to become a run
@@ -222,6 +232,8 @@ class Lane:
     released: int = 0  # slots before this one are free
     published: int = 0  # slots before this one were published
     end: int | None = None  # the stream's length, once known
+    barren: int = 0  # shards in a row that gave no token
+    fertile: int = 0  # the position before them
     end_sent: bool = False
     records: deque[Record] = field(default_factory=deque)
     documents: int = 0  # totals over blocks with a position, in this generation
@@ -229,9 +241,17 @@ class Lane:
     bad_records: int = 0
 
     @property
+    def base(self) -> int:
+        """Absolute position of the first token of this generation."""
+        return self.begin.position
+
+    @property
     def head(self) -> Run | None:
         """The first run that still has blocks to come out of its shard."""
-        return next((run for run in self.runs if not run.ended), None)
+        for run in self.runs:
+            if run.num_blocks is None:
+                return run
+        return None
 
 
 @dataclass(eq=False)
@@ -245,7 +265,7 @@ class Worker:
     queue: deque[Block] = field(default_factory=deque)  # tokenizer: blocks to encode
     fills: deque[Run] = field(default_factory=deque)  # decompressor: fills under way
     file: File | None = None  # fetcher
-    heard: float = 0.0  # when it last said something, or was given its first work
+    heard: float = math.inf  # when it last said something, or was given its first work
     busy_since: float | None = None
     busy_s: float = 0.0
     deaths: int = 0  # in a row
@@ -264,6 +284,7 @@ class State:
     free_slots: list[int]
     checkpoint_bytes: int | None  # set aside for checkpoints; None: not known yet
     skips: list[Skip]
+    confirmed: bool = False  # the consumer itself has said what its checkpoints need
     now: float = 0.0
     commands: list[Command] = field(default_factory=list)
     failure: FinewebError | None = None
@@ -285,6 +306,14 @@ class State:
         shards = {run.shard for lane in self.lanes for run in lane.runs}
         shards |= {worker.file.shard for worker in self.workers.values() if worker.file}
         return [self.files[shard] for shard in sorted(shards)]
+
+    def growing(self) -> list[File]:
+        """Files whose fetcher waits for more bytes, and has not been killed."""
+        return [
+            worker.file
+            for worker in self.workers.values()
+            if worker.file is not None and worker.file.wants_more and not worker.killed
+        ]
 
     def name(self, run: Run) -> str:
         """How a person knows the run's shard."""

@@ -299,6 +299,7 @@ class _Run:
                 epochs=stream.epochs,
             ),
             ring=ring_layout,
+            seq_len=self.config.data.preprocessing.max_context_size,
             text_slots=text_slots,
             cache_dir=str(self.cache_dir),
             budget_bytes=int(stream.max_disk_gb * 1e9),

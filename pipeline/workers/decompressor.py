@@ -20,7 +20,6 @@ from pipeline.errors import ShardError
 from pipeline.faults import faultpoint
 from pipeline.messages import (
     BlockFilled,
-    CloseShard,
     DecompressorSetup,
     FillBlock,
     OpenShard,
@@ -36,7 +35,7 @@ class _Stream:
     def __init__(self, message: OpenShard, setup: DecompressorSetup) -> None:
         self.path = message.path
         self.next_block = 0
-        self._skip = message.skip_blocks
+        self._skip, self._end = message.skip_blocks, message.end_block
         self._blocks: Generator[BlockData, None, None] = _blocks(message, setup)
 
     def advance(self) -> BlockData | None:
@@ -45,6 +44,8 @@ class _Stream:
             if next(self._blocks, None) is None:
                 return None
             self.next_block += 1
+        if self.next_block == self._end:
+            return None
         return next(self._blocks, None)
 
     def close(self) -> None:
@@ -69,7 +70,7 @@ def _blocks(message: OpenShard, setup: DecompressorSetup) -> Generator[BlockData
 
 
 class Decompressor:
-    """Serves OpenShard, FillBlock and CloseShard in the order in which they come.
+    """Serves OpenShard and FillBlock in the order in which they come.
 
     Args:
         channel: To the supervisor.
@@ -94,8 +95,6 @@ class Decompressor:
                     self._streams[message.stream] = _Stream(message, self._setup)
                 case FillBlock():
                     self._fill(message)
-                case CloseShard():
-                    self._streams.pop(message.stream).close()
                 case _:
                     raise TypeError(f"the decompressor got {message!r}")
 

@@ -1,0 +1,209 @@
+"""The simulated consumer: reads in the trainer's order or the writer's, saves, stops, dies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pipeline.messages import (
+    CheckpointGranted,
+    CheckpointWanted,
+    CheckpointWritten,
+    ConsumerDone,
+    ConsumerReady,
+    Cursor,
+    CursorIs,
+    CursorWanted,
+    Hello,
+    LaneEnded,
+    Message,
+    SlotPublished,
+    SlotReleased,
+    Stop,
+)
+from tests.simulation.matter import Violation
+from tests.simulation.processes import Died, Process
+
+if TYPE_CHECKING:
+    from tests.simulation.simulation import Simulation
+
+
+class Consumer(Process):
+    """Trainer or writer.
+
+    A trainer reads windows of T + 1 tokens, the lane that is furthest behind first; a writer
+    reads T tokens of each lane in turn up to the lane's end.
+    """
+
+    role = "consumer"
+
+    def __init__(self, sim: Simulation, positions: list[int], slowness: int) -> None:
+        super().__init__(sim, "consumer", slowness)
+        world = sim.world
+        self.T, self.C = world.seq_len, sim.ring.C
+        self.writer = world.writer
+        self.positions = list(positions)
+        self.committed = list(positions)  # consumed by whole updates
+        self.valid = list(positions)
+        self.ends: list[int | None] = [None] * len(positions)
+        self.reads = 0
+        self.stop = False
+        self.saving = ""  # cursor, bytes, write: what it waits for or does
+        self.cursor: Cursor | None = None
+        self.then_done = False
+        self.complete = False
+        self.finished = False
+
+    def boot(self) -> None:
+        world = self.sim.world
+        self.sim.disk_clean_checkpoints()
+        self.send(Hello(self.role, 0))
+        self.send(ConsumerReady(0 if self.writer else world.checkpoint_bytes, {}))
+
+    # ── what comes next ─────────────────────────────────────────────────────────────────────
+
+    def busy(self) -> bool:
+        if self.finished:
+            return False
+        if self.saving:
+            return self.saving == "write"
+        return self.stop or self._next_lane() != -1
+
+    def _next_lane(self) -> int | None:
+        """The lane to read from now; None at the end, -1 if its tokens are not there yet."""
+        lane = self._wanted()
+        if lane is None:
+            return None
+        need = 1 if self.writer else self.T + 1
+        return lane if self.positions[lane] + need <= self.valid[lane] else -1
+
+    def _wanted(self) -> int | None:
+        """The lane that the reader needs next, whether its tokens are there or not."""
+        need = 1 if self.writer else self.T + 1
+        best = None
+        for lane, position in enumerate(self.positions):
+            end = self.ends[lane]
+            turn = position // self.T
+            if (end is None or position + need <= end) and (best is None or turn < best[0]):
+                best = turn, lane
+        return None if best is None else best[1]
+
+    def will_starve(self, unsent: Iterable[Message]) -> bool:
+        """Whether it frees no slot any more, though it reads all that was published. Lanes that
+        have ended do not count: all that is theirs has left the disk.
+
+        Args:
+            unsent: What the scheduler has said and the shell has not sent.
+        """
+        keep = self.positions, self.valid, self.ends
+        self.positions, self.valid, self.ends = [*keep[0]], [*keep[1]], [*keep[2]]
+        try:
+            for message in (*self.inbox, *unsent):
+                if isinstance(message, SlotPublished | LaneEnded):
+                    self.take(message)
+            freed = {message.lane for message in self.outbox if isinstance(message, SlotReleased)}
+            while (lane := self._next_lane()) is not None and lane != -1:
+                begin = self.positions[lane]
+                self.positions[lane] = self._end_of_read(lane, begin)
+                if self.positions[lane] // self.C > begin // self.C:
+                    freed.add(lane)
+            return all(self.ends[lane] is not None for lane in freed)
+        finally:
+            self.positions, self.valid, self.ends = keep
+
+    def _end_of_read(self, lane: int, begin: int) -> int:
+        if not self.writer:
+            return begin + self.T
+        turn_end, slot_end = (begin // self.T + 1) * self.T, (begin // self.C + 1) * self.C
+        return min(turn_end, slot_end, self.valid[lane])
+
+    def work(self) -> None:
+        if self.saving == "write":
+            self._write()
+            return
+        lane = None if self.stop else self._next_lane()
+        enough = self.sim.world.stop_after
+        if lane is None or (enough is not None and self.sim.updates >= enough):
+            self.complete = not self.stop
+            self.then_done = True
+            if self.complete:
+                self.committed = list(self.positions)
+            self._save()
+            return
+        self._read(lane)
+
+    def _read(self, lane: int) -> None:
+        begin = self.positions[lane]
+        end = self.positions[lane] = self._end_of_read(lane, begin)
+        self._check(lane, begin, end if self.writer else end + 1)
+        if end // self.C > begin // self.C or (self.writer and end == self.ends[lane]):
+            self._release(lane, begin // self.C)
+        self.reads += 1
+        if self.reads % self.sim.world.update_windows == 0:
+            self.committed = list(self.positions)
+            self.sim.updates += 1
+            if self.sim.updates % self.sim.world.checkpoint_every == 0:
+                self._save()
+
+    def _check(self, lane: int, begin: int, end: int) -> None:
+        """What is read is the stream, at the moment at which it is read."""
+        got = self.sim.ring.read(lane, begin, end)
+        want = self.sim.streams[lane].upto(end)[begin:end]
+        if got != want:
+            raise Violation(f"lane {lane}, {begin} to {end}: read {got}, the stream is {want}")
+
+    def _release(self, lane: int, slot: int) -> None:
+        if self.sim.ring.released[lane] != slot:
+            raise Violation(f"lane {lane}: slot {slot} is released out of turn")
+        self.sim.ring.released[lane] += 1
+        self.send(SlotReleased(lane, slot))
+
+    # ── checkpoints ─────────────────────────────────────────────────────────────────────────
+
+    def _save(self) -> None:
+        self.saving = "cursor"
+        self.send(CursorWanted(1, tuple(self.committed)))
+
+    def _write(self) -> None:
+        """Write the checkpoint, make it durable, drop the oldest."""
+        sim = self.sim
+        assert self.cursor is not None
+        size = 0 if self.writer else sim.world.checkpoint_bytes
+        if not sim.unfinished_checkpoint:
+            sim.unfinished_checkpoint = size
+            sim.disk.add(size)
+            if size:
+                return
+        if self.midway():
+            raise Died
+        sim.unfinished_checkpoint = 0
+        sim.durable.append(self.cursor)
+        if len(sim.durable) > sim.world.kept:
+            sim.durable.pop(0)
+            sim.disk.add(-size)
+        self.saving = ""
+        if not self.writer:
+            self.send(CheckpointWritten(1, "", size, self.cursor))
+        if self.then_done:
+            self.finished = True
+            self.send(ConsumerDone(self.complete, {}))
+
+    # ── messages ────────────────────────────────────────────────────────────────────────────
+
+    def take(self, message: Message) -> None:
+        match message:
+            case SlotPublished(lane=lane, slot=slot, end=end):
+                self.valid[lane] = min(end, (slot + 1) * self.C) if self.writer else end
+            case LaneEnded(lane=lane, end=end):
+                self.ends[lane] = max(end, self.positions[lane])
+            case CursorIs(cursor=cursor):
+                self.cursor, self.saving = cursor, "write"
+                if not self.writer:
+                    self.saving = "bytes"
+                    self.send(CheckpointWanted(2, self.sim.world.checkpoint_bytes))
+            case CheckpointGranted():
+                self.saving = "write"
+            case Stop():
+                self.stop = True
+            case _:
+                raise Violation(f"the consumer got {message!r}")

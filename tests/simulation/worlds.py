@@ -1,0 +1,209 @@
+"""What a simulated world is made of, and how a seed draws one.
+
+Pure: a world is plain data, so a failing one can be made smaller and run again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+
+class SimBlock(NamedTuple):
+    """A block as the decompressor will cut it."""
+
+    tokens: int
+    documents: int
+    bad: int  # bad records
+
+
+class Poison(NamedTuple):
+    """Work that kills the worker which does it."""
+
+    at: str  # fetch, open, fill, encode, place
+    block: int
+    deaths: int  # how often before it works after all
+
+
+class SimShard(NamedTuple):
+    """One shard, as it is and as the catalog says it is."""
+
+    size: int  # bytes, in truth
+    listed: int | None  # what the catalog says; None: unknown
+    local: bool
+    blocks: tuple[SimBlock, ...]
+    end_bad: int = 0  # bad records after the last block
+    unreadable: int | None = None  # cannot be read on from this block on
+    failures: int = 0  # fetches that fail for good before one works
+    poison: Poison | None = None
+
+    @property
+    def lying(self) -> bool:
+        """Its size is known and wrong: it can never be fetched."""
+        return not self.local and self.listed is not None and self.listed != self.size
+
+
+class Fault(NamedTuple):
+    """Something that goes wrong at a step of the world."""
+
+    step: int
+    kind: str
+    arg: float  # in [0, 1): which worker, shard or how long
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that a simulation depends on."""
+
+    seed: int
+    shards: tuple[SimShard, ...]
+    lanes: int
+    epochs: int | None
+    shuffle: int | None
+    seq_len: int
+    slot_windows: int
+    ring_slots: int
+    text_slots: int
+    fetchers: int
+    decompressors: int
+    tokenizers: int
+    prefetch: int
+    extra_bytes: int  # budget beyond the smallest that can work; below 0: too small
+    step_bytes: int
+    fixed_bytes: int
+    checkpoint_bytes: int
+    kept: int  # checkpoints
+    understated: int  # a resumed run learns the full size of checkpoints from the consumer alone
+    max_bad_records: int
+    max_bad_shards: int
+    writer: bool  # the consumer reads every token, not windows
+    update_windows: int  # windows of one optimizer update
+    checkpoint_every: int  # updates
+    stop_after: int | None  # updates of an endless run
+    slow: tuple[int, ...]  # per kind of actor, how much slower than others it is
+    faults: tuple[Fault, ...]
+
+    @property
+    def floor(self) -> int:
+        """Bytes that every lane is sure of, as DESIGN.md states it."""
+        remote = [shard.listed for shard in self.shards if not shard.local]
+        known = max((size for size in remote if size is not None), default=0)
+        return max(known, self.step_bytes) if None in remote else known
+
+    @property
+    def checkpoints(self) -> int:
+        """Bytes of all checkpoints, the one being written included."""
+        return 0 if self.writer else self.checkpoint_bytes * (self.kept + 1)
+
+    @property
+    def budget(self) -> int:
+        """The disk budget."""
+        return self.fixed_bytes + self.checkpoints + self.floor * self.lanes + self.extra_bytes
+
+
+FAULTS = (
+    "kill",
+    "kill_before_send",
+    "kill_after_send",
+    "kill_midway",
+    "hang",
+    "hang_at_start",
+    "stall",
+    "disk_full",
+    "new_version",
+    "damage",
+    "consumer_killed",
+    "consumer_killed_writing",
+    "supervisor_killed",
+    "machine_down",
+    "rewind",
+    "consumer_stall",
+    "stop",
+    "lose_cache",
+    "other_tokens",
+)
+_COMMON, _ENDINGS = FAULTS[:10], FAULTS[10:]
+
+
+def draw(seed: int) -> World:
+    """The world of a seed: small, so that many can be run; odd, so that much can go wrong."""
+    rng = Random(seed)
+    r = rng.random
+
+    def upto(most: int) -> int:
+        return int(r() * (most + 1))
+
+    shards = tuple(_shard(rng) for _ in range(1 + upto(4)))
+    lanes = 1 + upto(min(3, len(shards) - 1))
+    seq_len = 1 + upto(3)
+    workers = 1 + upto(2), 1 + upto(2), 1 + upto(2)
+    endless = r() < 0.1 and any(block.tokens for shard in shards for block in shard.blocks)
+    num_faults = 0 if r() < 0.2 else upto(9)
+    bad = r() < 0.5
+    return World(
+        seed=seed,
+        shards=shards,
+        lanes=lanes,
+        epochs=None if endless else 1 + (upto(2) if r() < 0.4 else 0),
+        shuffle=upto(99) if r() < 0.5 else None,
+        seq_len=seq_len,
+        slot_windows=1 + upto(3),
+        ring_slots=2 + upto(2),
+        text_slots=lanes + upto(4),
+        fetchers=workers[0],
+        decompressors=workers[1],
+        tokenizers=workers[2],
+        prefetch=upto(3),
+        extra_bytes=-1 - upto(9) if r() < 0.03 else 0 if r() < 0.2 else upto(80),
+        step_bytes=1 + upto(9),
+        fixed_bytes=upto(5),
+        checkpoint_bytes=upto(12),
+        kept=1 + upto(1),
+        understated=upto(12) if r() < 0.3 else 0,
+        max_bad_records=99 if r() < 0.7 else upto(3),
+        max_bad_shards=99 if bad else upto(2),
+        writer=r() < 0.4,
+        update_windows=1 + upto(3),
+        checkpoint_every=1 + upto(4),
+        stop_after=1 + upto(12) if endless else None,
+        slow=tuple(1 if r() < 0.6 else 2 + upto(8) for _ in range(5)),
+        faults=tuple(sorted(_fault(rng) for _ in range(num_faults))),
+    )
+
+
+def _fault(rng: Random) -> Fault:
+    kinds = _COMMON if rng.random() < 0.7 else _ENDINGS
+    step = int(2 ** (rng.random() * 8.5))  # early and late ones alike
+    return Fault(step, kinds[int(rng.random() * len(kinds))], rng.random())
+
+
+def _shard(rng: Random) -> SimShard:
+    r = rng.random
+    num_blocks = 0 if r() < 0.08 else 1 + int(r() * 4)
+    blocks = tuple(_block(rng) for _ in range(num_blocks))
+    size = int(r() * 30)
+    local = r() < 0.12
+    kind = r()
+    unknown, lies = kind < 0.25 and not local, 0.25 <= kind < 0.28 and not local
+    listed = None if unknown else int(r() * 30) if lies else size
+    poison = None
+    if r() < 0.05:
+        at = ("fetch", "open", "fill", "encode", "place")[int(r() * 5)]
+        poison = Poison(at, int(r() * (num_blocks + 1)), 99 if r() < 0.2 else 1 + int(r() * 6))
+    return SimShard(
+        size=size,
+        listed=listed,
+        local=local,
+        blocks=blocks,
+        end_bad=1 if r() < 0.15 else 0,
+        unreadable=int(r() * (num_blocks + 1)) if r() < 0.08 else None,
+        failures=1 + int(r() * 3) if r() < 0.04 else 0,
+        poison=poison,
+    )
+
+
+def _block(rng: Random) -> SimBlock:
+    r = rng.random
+    tokens = 0 if r() < 0.08 else 1 + int(r() * r() * 24)
+    return SimBlock(tokens, int(r() * 4), 1 if r() < 0.08 else 0)
