@@ -135,8 +135,8 @@ class _Gathering:
         pieces = _pieces(document, self._block_bytes, self._cut)
         if pieces is None:
             reason = (
-                f"its {size} bytes are more than data.stream.block_bytes ({self._block_bytes}), and "
-                "there is no place where it may be cut"
+                f"its {size} bytes are more than data.stream.block_bytes ({self._block_bytes}) and "
+                "have no place where they may be cut"
             )
             self.block.skip(BadRecord(f"record {self._records}", reason))
             return

@@ -10,14 +10,12 @@ in the user's cache folder, under tiktoken's version.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import xxhash
+
+from pipeline import user_cache
 
 # One bit per class; a code point has at most one of them, and none if it is anything else.
 UPPER, LOWER, OTHER_LETTER, MARK, NUMBER, SPACE = (1 << bit for bit in range(6))
@@ -41,16 +39,12 @@ def classes() -> np.ndarray:
     Returns:
         Shape (0x110000,), uint8: one of the bits above, or 0.
     """
-    path = _cache_folder() / f"codepoints-tiktoken-{importlib.metadata.version('tiktoken')}.bin"
+    path = user_cache.folder() / f"codepoints-tiktoken-{importlib.metadata.version('tiktoken')}.bin"
     try:
         return unpack(path.read_bytes())
     except (OSError, ValueError):  # not there, not readable, or damaged: ask again
         table = ask_tiktoken()
-    with contextlib.suppress(OSError):  # a folder that cannot be written costs time only
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(pack(table))
-        partial.replace(path)
+    user_cache.keep(path, pack(table))
     return table
 
 
@@ -94,11 +88,3 @@ def unpack(data: bytes) -> np.ndarray:
     first, bits = np.frombuffer(runs, "<u4").reshape(2, -1)
     lengths = np.diff(first.astype(np.int64), append=_NUM_CODE_POINTS)
     return np.repeat(bits.astype(np.uint8), lengths)
-
-
-def _cache_folder() -> Path:
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "fineweb-pipeline"
-    home = Path.home()
-    caches = home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache"
-    return caches / "fineweb-pipeline"

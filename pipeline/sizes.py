@@ -1,4 +1,4 @@
-"""How many workers of each kind, from the number of processors.
+"""How many workers of each kind, from the number of processors and what the work costs.
 
 Runs in: supervisor. split is pure.
 """
@@ -6,16 +6,15 @@ Runs in: supervisor. split is pure.
 from __future__ import annotations
 
 import os
+from math import ceil
 from pathlib import Path
 
 import msgspec
 
 from pipeline.config import Stream
+from pipeline.costs import Costs
 
-# A core tokenizes about this many bytes in the time in which another decompresses one (measured:
-# benchmarks/RESULTS.md); fetching takes little processor time and much waiting.
-_TOKENIZERS_PER_DECOMPRESSOR = 2
-_TOKENIZERS_PER_FETCHER = 2
+_MAX_FETCHERS = 8  # they wait for the network more than they work
 
 
 class StageSizes(msgspec.Struct, frozen=True):
@@ -51,25 +50,33 @@ def _cgroup_cpus() -> int | None:
     return max(1, int(quota) // int(period))
 
 
-def split(cpus: int, kind: str, stream: Stream) -> StageSizes:
+def split(cpus: int, kind: str, stream: Stream, costs: Costs) -> StageSizes:
     """Sizes of all stages.
+
+    With read seconds and encode seconds a megabyte, n processors are all busy if each stage has
+    its share of n processes; a share is rounded up, since half a process is none.
 
     Args:
         cpus: Processors that may be used.
         kind: train (one processor is left to the trainer) or tokenize.
         stream: Its workers, fetchers and decompressors, where given, are taken as they are.
+        costs: Of these shards on this machine.
     """
+    left = max(1, cpus - 1) if kind == "train" else cpus
+    read, encode = costs.read_s, costs.encode_s
+    said = f"1 MB of text costs {1e3 * read:.1f} ms to read and {1e3 * encode:.1f} ms to encode"
     if stream.workers == "auto":
-        left = cpus - 1 if kind == "train" else cpus
-        ratio = _TOKENIZERS_PER_DECOMPRESSOR
-        tokenizers = max(1, left * ratio // (ratio + 1))
-        why = f"{cpus} CPUs" + (", one for the trainer" if kind == "train" and cpus > 1 else "")
+        tokenizers = max(1, ceil(left * encode / (read + encode)))
+        decompressors = max(1, ceil(left * read / (read + encode)))
+        kept = ", one for the trainer" if left < cpus else ""
+        why = f"{cpus} CPUs{kept}; {said}"
     else:
-        tokenizers, why = stream.workers, f"{stream.workers} tokenizers asked for"
+        tokenizers = stream.workers
+        decompressors = min(max(1, ceil(tokenizers * read / encode)), cpus)
+        why = f"{tokenizers} tokenizers asked for; {said}"
     return StageSizes(
-        fetchers=stream.fetchers or max(1, -(-tokenizers // _TOKENIZERS_PER_FETCHER)),
-        decompressors=stream.decompressors
-        or max(1, -(-tokenizers // _TOKENIZERS_PER_DECOMPRESSOR)),
+        fetchers=stream.fetchers or min(max(1, ceil(tokenizers / 2)), _MAX_FETCHERS),
+        decompressors=stream.decompressors or decompressors,
         tokenizers=tokenizers,
         why=why,
     )

@@ -23,6 +23,7 @@ from pipeline import (
     cache,
     catalog,
     checkpoints,
+    costs,
     encoding,
     held_out,
     identity,
@@ -180,7 +181,15 @@ class _Run:
         tokenizer = self.config.data.tokenizer
         encoder = encoding.load(tokenizer.name, tokenizer.vocab_size)
         self.eot, self.token_bytes = encoder.eot, encoder.dtype.itemsize
-        self.sizes = sizes.split(sizes.usable_cpus(), job.kind, self.stream)
+        first = self.shards[0]
+        cost = costs.of(
+            first.name,
+            catalog.local_path(first.url),
+            self.stream.text_field,
+            encoder,
+            f"{tokenizer.name}-{encoder.vocab_size}",
+        )
+        self.sizes = sizes.split(sizes.usable_cpus(), job.kind, self.stream, cost)
         self.reporter = Reporter(job, view, self.log, self.lanes, self.started)
         if job.kind == "train":
             plain = to_plain(self._shown())

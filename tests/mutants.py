@@ -5,7 +5,6 @@ are defects that the simulation has found in the real code: planted again, they 
 """
 
 from __future__ import annotations
-
 import __future__
 
 import inspect

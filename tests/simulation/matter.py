@@ -32,8 +32,7 @@ class Disk:
     def add(self, size: int) -> None:
         """Bytes were written (or, below 0, deleted)."""
         self.bytes += size
-        if self.bytes > self.peak:
-            self.peak = self.bytes
+        self.peak = max(self.peak, self.bytes)
         if self.bytes > self.budget:
             raise Violation(f"{self.bytes} bytes on disk, the budget is {self.budget}")
 

@@ -1,0 +1,72 @@
+"""Stage sizes follow measured costs; costs are measured once, on the format that is streamed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import costs, encoding, sizes
+from pipeline.config import Stream
+from pipeline.costs import Costs
+from tests.harness import english, write_shards
+
+SECONDS = st.floats(1e-4, 1.0)
+
+
+@given(st.integers(1, 128), SECONDS, SECONDS)
+def test_no_stage_is_slower_than_all_processors_together(
+    cpus: int, read_s: float, encode_s: float
+) -> None:
+    split = sizes.split(cpus, "tokenize", Stream(), Costs(read_s, encode_s))
+    ideal = cpus / (read_s + encode_s)  # MB/s with every processor busy
+    assert split.decompressors / read_s >= ideal * (1 - 1e-9)
+    assert split.tokenizers / encode_s >= ideal * (1 - 1e-9)
+    assert split.decompressors + split.tokenizers <= cpus + 1
+
+
+@given(st.integers(1, 64), st.integers(1, 64), SECONDS, SECONDS)
+def test_what_is_asked_for_is_taken(n: int, cpus: int, read_s: float, encode_s: float) -> None:
+    cost = Costs(read_s, encode_s)
+    split = sizes.split(cpus, "train", Stream(workers=n), cost)
+    assert split.tokenizers == n
+    assert 1 <= split.decompressors <= max(1, cpus)
+    chosen = sizes.split(cpus, "train", Stream(workers=n, decompressors=3, fetchers=5), cost)
+    assert (chosen.decompressors, chosen.fetchers) == (3, 5)
+    auto = sizes.split(cpus, "train", Stream(), cost)
+    assert auto.decompressors + auto.tokenizers <= max(1, cpus - 1) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("s3://b/shard-00001.tar.bz2", "tar.bz2"),
+        ("x/a.tgz", "tar.gz"),
+        ("000_00000.parquet", "parquet"),
+        ("https://h/part.7.jsonl.zst", "jsonl.zst"),
+        ("plain.jsonl", "jsonl"),
+        ("part.json.gz", "jsonl.gz"),
+        ("nothing", "jsonl"),
+    ],
+)
+def test_a_format_is_told_by_the_name_and_can_be_measured(name: str, form: str) -> None:
+    assert costs.form_of(name) == form
+    cost = costs.measure(form, None, "body", encoding.load("gpt2", None))
+    assert cost.read_s > 0 < cost.encode_s
+
+
+def test_costs_are_measured_once_and_a_damaged_note_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (shard,) = write_shards(tmp_path / "shards", english(30), 1)
+    encoder = encoding.load("gpt2", None)
+    first = costs.of(shard.name, str(shard), "text", encoder, "gpt2")
+    assert costs.of(shard.name, str(shard), "text", encoder, "gpt2") == first
+    (note,) = (tmp_path / "cache").rglob("costs.json")
+    note.write_bytes(b"{")
+    again = costs.of(shard.name, str(shard), "text", encoder, "gpt2")
+    assert again.read_s > 0
+    assert note.read_bytes() != b"{"
