@@ -224,7 +224,7 @@ def tokenize(
         "data.stream.shuffle": False,
         "data.stream.epochs": 1,
     }
-    loaded = config.load(config_path, defaults | _overrides(options))
+    loaded = config.load(config_path, _overrides(options), defaults)
     job = _job("tokenize", loaded, Path(out), fresh)
     job = msgspec.structs.replace(job, limit_tokens=limit_tokens, file_tokens=file_tokens)
     if fresh and any(Path(out).glob("tokens_*.bin*")):

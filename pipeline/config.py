@@ -190,13 +190,16 @@ class Config(Section):
 # ── reading ─────────────────────────────────────────────────────────────────────────────────
 
 
-def load(path: str | None, overrides: dict[str, Any]) -> Config:
+def load(
+    path: str | None, overrides: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> Config:
     """Read, override and check a configuration.
 
     Args:
         path: YAML file, or the name of a configuration that comes with the program (demo);
             None: defaults only.
         overrides: Dotted keys and the values that options give them.
+        defaults: A command's own defaults, dotted: they count where the file is silent.
 
     Raises:
         ConfigError: names the key's path, and the nearest valid name of an unknown one.
@@ -204,15 +207,23 @@ def load(path: str | None, overrides: dict[str, Any]) -> Config:
     plain: dict[str, Any] = {}
     if path is not None:
         plain = _read(_find(path))
+    for key, value in (defaults or {}).items():
+        _section_of(plain, key).setdefault(key.rpartition(".")[2], value)
     for key, value in overrides.items():
-        *sections, last = key.split(".")
-        at = plain
-        for section in sections:
-            at = at.setdefault(section, {})
-        at[last] = value
+        _section_of(plain, key)[key.rpartition(".")[2]] = value
     config = from_plain(plain)
     validate(config)
     return config
+
+
+def _section_of(plain: dict[str, Any], key: str) -> dict[str, Any]:
+    """The section that a dotted key belongs to, made if it is not there. Raises: ConfigError."""
+    at, path = plain, key.split(".")[:-1]
+    for depth, section in enumerate(path, 1):
+        at = at.setdefault(section, {})
+        if not isinstance(at, dict):
+            raise ConfigError(f"{'.'.join(path[:depth])}: {at!r} is no section", "correct it")
+    return at
 
 
 def from_plain(plain: dict[str, Any]) -> Config:

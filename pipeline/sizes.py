@@ -66,17 +66,22 @@ def split(cpus: int, kind: str, stream: Stream, costs: Costs) -> StageSizes:
     read, encode = costs.read_s, costs.encode_s
     said = f"1 MB of text costs {1e3 * read:.1f} ms to read and {1e3 * encode:.1f} ms to encode"
     if stream.workers == "auto":
-        tokenizers = max(1, ceil(left * encode / (read + encode)))
-        decompressors = max(1, ceil(left * read / (read + encode)))
+        tokenizers = _up(left * encode / (read + encode))
+        decompressors = _up(left * read / (read + encode))
         kept = ", one for the trainer" if left < cpus else ""
         why = f"{cpus} CPUs{kept}; {said}"
     else:
         tokenizers = stream.workers
-        decompressors = min(max(1, ceil(tokenizers * read / encode)), cpus)
+        decompressors = min(_up(tokenizers * read / encode), cpus)
         why = f"{tokenizers} tokenizers asked for; {said}"
     return StageSizes(
-        fetchers=stream.fetchers or min(max(1, ceil(tokenizers / 2)), _MAX_FETCHERS),
+        fetchers=stream.fetchers or min(_up(tokenizers / 2), _MAX_FETCHERS),
         decompressors=stream.decompressors or decompressors,
         tokenizers=tokenizers,
         why=why,
     )
+
+
+def _up(share: float) -> int:
+    """Whole processes for a share of them; rounding errors make no process."""
+    return max(1, ceil(share - 1e-9))

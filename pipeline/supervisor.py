@@ -171,6 +171,9 @@ class _Run:
             for name in ("max_retries", "timeout_s", "min_bytes_per_s")
         }
         self.source_options: dict[str, Any] = options
+        tokenizer = self.config.data.tokenizer
+        encoder = encoding.load(tokenizer.name, tokenizer.vocab_size)  # its errors come first
+        self.eot, self.token_bytes = encoder.eot, encoder.dtype.itemsize
         self.shards = catalog.build(self.stream.shards, options)
         self.lanes = min(self.stream.lanes, len(self.shards))
         if not job.held_out:
@@ -178,9 +181,6 @@ class _Run:
         self.identity = identity.identity(
             self.config, self.shards, self.lanes, held_out=job.held_out
         )
-        tokenizer = self.config.data.tokenizer
-        encoder = encoding.load(tokenizer.name, tokenizer.vocab_size)
-        self.eot, self.token_bytes = encoder.eot, encoder.dtype.itemsize
         first = self.shards[0]
         cost = costs.of(
             first.name,
