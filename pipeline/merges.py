@@ -39,6 +39,9 @@ class Merges:
 
     Args:
         ranks: Rank, which is the token id, of every token's bytes; all 256 bytes are there.
+
+    Raises:
+        ValueError: these ranks cannot be handled so; tiktoken has to encode every piece.
     """
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
@@ -50,6 +53,11 @@ class Merges:
         self._bytes = np.array([ranks[bytes([byte])] for byte in range(256)], np.uint32)
         first, second = np.divmod(np.arange(1 << 16), 256)
         self._byte_pairs = self._pairs.find(self._bytes[first], self._bytes[second])
+        # tiktoken takes a piece that is a token as it is. Here it has to come out of the merges.
+        tokens = [token for token in short if 0 not in token]
+        _, counts = self.encode(ragged.padded(tokens, MAX_BYTES))
+        if odd := np.count_nonzero(counts != 1):
+            raise ValueError(f"{odd} tokens are not what their merges give")
 
     def encode(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of pieces by the merges alone.
