@@ -38,6 +38,10 @@ class Encoder(Protocol):
     eot: int  # end-of-text token: stands before every document
     dtype: np.dtype  # uint16 where the ids fit, uint32 otherwise
 
+    def prepare(self) -> None:
+        """Make the tables that encode_block needs, while there is nothing to encode yet."""
+        ...
+
     def encode_block(self, text: np.ndarray, offsets: np.ndarray, continues: bool) -> np.ndarray:
         """Token ids of whole documents, each preceded by the end-of-text token.
 
@@ -66,6 +70,9 @@ class TiktokenEncoder:
         self._encoding = encoding
         self.eot, self.vocab_size = eot, vocab_size
         self.dtype = np.dtype(np.uint16 if vocab_size <= _UINT16_IDS else np.uint32)
+
+    def prepare(self) -> None:
+        """See Encoder: tiktoken has them."""
 
     def encode_block(self, text: np.ndarray, offsets: np.ndarray, continues: bool) -> np.ndarray:
         """See Encoder."""
