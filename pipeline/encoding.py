@@ -124,9 +124,13 @@ def load(name: str, vocab_size: int | None) -> Encoder:
 
 def _encoder(name: str, encoding: tiktoken.Encoding, eot: int, vocab_size: int) -> Encoder:
     """Columnar where the encoding's pattern is known to the letter, tiktoken for every other."""
-    from pipeline import codepoints, columnar, pieces
+    from pipeline import codepoints, columnar, pieces, pieces_cl100k
 
-    splitter = pieces.SPLITTERS.get(encoding._pat_str)
+    splitters = {
+        pieces.GPT2_PATTERN: pieces.Gpt2Splitter,
+        pieces_cl100k.CL100K_PATTERN: pieces_cl100k.Cl100kSplitter,
+    }
+    splitter = splitters.get(encoding._pat_str)
     if splitter is None:
         return TiktokenEncoder(encoding, eot, vocab_size)
     return columnar.ColumnarEncoder(

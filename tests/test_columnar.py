@@ -11,23 +11,50 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
-from pipeline import codepoints, columnar, encoding, merges, piece_cache, piece_table, ragged
+from pipeline import (
+    codepoints,
+    columnar,
+    encoding,
+    merges,
+    piece_cache,
+    piece_table,
+    pieces,
+    pieces_cl100k,
+    ragged,
+)
 from tests.fragments import FRAGMENTS, random_text
 from tests.harness import english
 
 Pair = tuple[columnar.ColumnarEncoder, encoding.TiktokenEncoder]
 
 
-def pair(vocab_size: int | None) -> Pair:
+def pair(vocab_size: int | None, pattern: str = pieces.GPT2_PATTERN) -> Pair:
     """A new encoder with nothing in its cache, and the reference for its ids."""
     encoder = encoding.load("gpt2", vocab_size)
     assert isinstance(encoder, columnar.ColumnarEncoder)
-    return encoder, encoding.TiktokenEncoder(encoder._encoding, encoder.eot, encoder.vocab_size)
+    plain = tiktoken.Encoding(
+        "test",
+        pat_str=pattern,
+        mergeable_ranks=encoder._encoding._mergeable_ranks,
+        special_tokens={"<|endoftext|>": encoder.eot},
+    )
+    encoder = encoding._encoder("gpt2", plain, encoder.eot, encoder.vocab_size)
+    assert isinstance(encoder, columnar.ColumnarEncoder)
+    return encoder, encoding.TiktokenEncoder(plain, encoder.eot, encoder.vocab_size)
 
 
-# The smallest one makes nearly every piece several tokens.
-PAIRS = {vocab_size: pair(vocab_size) for vocab_size in (None, 32000, 300)}
+# The smallest vocabulary makes nearly every piece several tokens. cl100k's own needs a download;
+# what matters here is its pattern.
+PAIRS = {
+    "gpt2": pair(None),
+    "gpt2/32000": pair(32000),
+    "gpt2/300": pair(300),
+    "cl100k pattern": pair(None, pieces_cl100k.CL100K_PATTERN),
+    "cl100k pattern/300": pair(300, pieces_cl100k.CL100K_PATTERN),
+}
+GPT2 = PAIRS["gpt2"]
 
 
 def block(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +63,7 @@ def block(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(raw), np.uint8), offsets
 
 
-def check(texts: list[str], continues: bool = False, encoders: Pair = PAIRS[None]) -> None:
+def check(texts: list[str], continues: bool = False, encoders: Pair = GPT2) -> None:
     encoder, reference = encoders
     ids = encoder.encode_block(*block(texts), continues)
     expected = reference.encode_block(*block(texts), continues)
@@ -48,12 +75,10 @@ PIECEWISE = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=4)),
 TEXT = st.one_of(st.text(max_size=80), PIECEWISE.map("".join))
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(TEXT, max_size=6), st.booleans(), st.sampled_from(sorted(PAIRS, key=str)))
-def test_the_ids_are_those_of_tiktoken(
-    texts: list[str], continues: bool, vocab_size: int | None
-) -> None:
-    check(texts, continues, PAIRS[vocab_size])
+@settings(max_examples=400, deadline=None)
+@given(st.lists(TEXT, max_size=6), st.booleans(), st.sampled_from(sorted(PAIRS)))
+def test_the_ids_are_those_of_tiktoken(texts: list[str], continues: bool, name: str) -> None:
+    check(texts, continues, PAIRS[name])
 
 
 @pytest.mark.parametrize(
@@ -77,7 +102,46 @@ def test_the_ids_are_those_of_tiktoken(
         ],
         ["\u00a0", "\u00a0", "\u3000", " ", "\u2003\u2003"],
         ["e\u0301 \u0301", "\u0301", "a\u200db", "\U0001f469\u200d\U0001f467", "\u202eabc"],
-        ["12345 ٣٤ Ⅷ ½ ¹²", "a1b2", "1'2", "x٣y"],
+        [
+            "12345 ٣٤ Ⅷ ½ ¹²",
+            "a1b2",
+            "1'2",
+            "x٣y",
+            "1234567",
+            "12",
+            "٣٤٣٤٣٤٣",
+            "1٣23 4567",
+            "12",
+            "34",
+        ],
+        [
+            "!\n\n  a",
+            "!\n \n a",
+            "!\r\n",
+            "!",
+            "\n",
+            "(a",
+            " (a",
+            "((a",
+            "“a",
+            " “a",
+            "\ta",
+            "!\na",
+        ],
+        [
+            "\n  a",
+            "\n \n  ",
+            "\n\t",
+            " \n",
+            "a",
+            "\n ",
+            "  \n  1",
+            "\r\r a",
+            "'ſ",
+            "'ſa",
+            "('s",
+            "a'Sb",
+        ],
         ["<|endoftext|>", "a<|endoftext|>b", "<|fim_prefix|>"],
         ["\0", "a\0", "a\0b", "\0\0\0", " \0", "a\0" * 40, "a", "a\0\0", "ab", "ab\0"],
         ["\x1c\x1d\x1e\x1f", "\x0b\x0c", "\x7f", "\ufeffa"],
@@ -89,51 +153,57 @@ def test_corners(texts: list[str]) -> None:
     for encoders in PAIRS.values():
         check(texts, encoders=encoders)
         check(texts, continues=True, encoders=encoders)
-    check(["".join(texts)])
+        check(["".join(texts)], encoders=encoders)
 
 
-def test_a_long_text_of_one_piece() -> None:
-    check(["x" * 1_000_000, "\n" * 99_999 + "a", "!" * 100_000, "7" * 50_000, " " * 70_000, "a b"])
+@pytest.mark.parametrize("name", ["gpt2", "cl100k pattern"])
+def test_a_long_text_of_one_piece(name: str) -> None:
+    texts = ["x" * 1_000_000, "\n" * 99_999 + "a", "!" * 100_000, "7" * 50_000, " " * 70_000, "a b"]
+    check(texts, encoders=PAIRS[name])
 
 
-def test_every_code_point_is_classified_as_tiktoken_does() -> None:
+@pytest.mark.parametrize("name", ["gpt2", "cl100k pattern"])
+def test_every_code_point_is_classified_as_tiktoken_does(name: str) -> None:
     """Each one beside letters, numbers, spaces and others."""
     code_points = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     for first in range(0, len(code_points), 200_000):
         some = code_points[first : first + 200_000]
-        check(["".join(f"a{c} 1{c}.{c}" for c in some[n::20]) for n in range(20)])
+        texts = ["".join(f"a{c} 1{c}.{c}" for c in some[n::20]) for n in range(20)]
+        check(texts, encoders=PAIRS[name])
 
 
 def test_many_random_texts_in_one_block() -> None:
     """Enough unknown pieces at once to be encoded by their merges."""
     rng = random.Random(1)
-    for vocab_size in (None, 32000, 300):
-        texts = [random_text(rng) for _ in range(3000)]
+    for encoder, reference in PAIRS.values():
+        new = encoding._encoder("gpt2", encoder._encoding, encoder.eot, encoder.vocab_size)
+        assert isinstance(new, columnar.ColumnarEncoder)
+        texts = [random_text(rng) for _ in range(2000)]
         words = ["".join(rng.choices("abcdeéнтaio", k=rng.randrange(1, 20))) for _ in range(5000)]
-        check([*texts, " ".join(words)], encoders=pair(vocab_size))
+        check([*texts, " ".join(words)], encoders=(new, reference))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32))
-def test_a_block_is_cut_anywhere_inside_a_step(seed: int) -> None:
+@given(st.integers(0, 2**32), st.sampled_from(sorted(PAIRS)))
+def test_a_block_is_cut_anywhere_inside_a_step(seed: int, name: str) -> None:
     """Steps of a few bytes: at documents' edges, in documents, over what cannot be cut."""
     rng = random.Random(seed)
     texts = [random_text(rng) for _ in range(rng.randrange(8))]
     texts.insert(0, " ".join(english(2))[: rng.randrange(400)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columnar, "_CHUNK_BYTES", rng.choice((16, 32, 100)))
-        check(texts, continues=rng.random() < 0.5)
+        check(texts, continues=rng.random() < 0.5, encoders=PAIRS[name])
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32))
-def test_a_document_goes_on_in_the_next_block(seed: int) -> None:
+@given(st.integers(0, 2**32), st.sampled_from(sorted(PAIRS)))
+def test_a_document_goes_on_in_the_next_block(seed: int, name: str) -> None:
     """The ids of two blocks, cut where safe_cut says, are those of the whole document."""
     rng = random.Random(seed)
     text = " ".join(english(3))[: rng.randrange(2000)] + random_text(rng) + " and so on."
     raw = text.encode()
     at = encoding.safe_cut("gpt2")(raw, rng.randrange(len(raw)))
-    encoder, reference = PAIRS[None]
+    encoder, reference = PAIRS[name]
     parts = [raw[:at], raw[at:]] if at else [raw]
     ids = [
         encoder.encode_block(np.frombuffer(part, np.uint8), np.array([0, len(part)]), number > 0)
@@ -145,7 +215,7 @@ def test_a_document_goes_on_in_the_next_block(seed: int) -> None:
 @settings(max_examples=300)
 @given(st.lists(st.one_of(st.binary(max_size=6), TEXT.map(str.encode)), max_size=4))
 def test_bytes_that_are_not_utf8_are_refused(documents: list[bytes]) -> None:
-    encoder, reference = PAIRS[None]
+    encoder, reference = GPT2
     text = np.frombuffer(b"".join(documents), np.uint8)
     offsets = np.cumsum([0, *map(len, documents)])
     try:
@@ -161,11 +231,11 @@ def test_bytes_that_are_not_utf8_are_refused(documents: list[bytes]) -> None:
 def test_a_character_cut_by_a_documents_edge_is_refused() -> None:
     raw = "é".encode()
     with pytest.raises(UnicodeDecodeError):
-        PAIRS[None][0].encode_block(np.frombuffer(raw, np.uint8), np.array([0, 1, 2]), False)
+        GPT2[0].encode_block(np.frombuffer(raw, np.uint8), np.array([0, 1, 2]), False)
 
 
 def test_offsets_need_not_start_at_the_texts_first_byte() -> None:
-    encoder, reference = PAIRS[None]
+    encoder, reference = GPT2
     text, offsets = block(["skipped", "one two", "three"])
     ids = encoder.encode_block(text, offsets[1:], False)
     assert ids.tolist() == reference.encode_block(text, offsets[1:], False).tolist()
@@ -235,27 +305,29 @@ def test_a_table_finds_what_it_holds_and_nothing_else(found: list[bytes], slots_
         assert held.all()
 
 
-MERGES = {size: merges.Merges(PAIRS[size][0]._encoding._mergeable_ranks) for size in (None, 300)}
+MERGES = {
+    name: merges.Merges(PAIRS[name][0]._encoding._mergeable_ranks) for name in ("gpt2", "gpt2/300")
+}
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.one_of(st.binary(min_size=1, max_size=16), TEXT.map(str.encode)), min_size=1),
-    st.sampled_from([None, 300]),
+    st.sampled_from(sorted(MERGES)),
 )
-def test_merges_are_those_of_tiktoken(raw: list[bytes], vocab_size: int | None) -> None:
+def test_merges_are_those_of_tiktoken(raw: list[bytes], name: str) -> None:
     """Of any bytes; "banana" merges the leftmost of equal pairs."""
     cut = [piece[:16].replace(b"\0", b"a") for piece in [*raw, b" bananana"]]
     some = [piece for piece in cut if piece]
-    ids, counts = MERGES[vocab_size].encode(ragged.padded(some, 16))
-    expected = [PAIRS[vocab_size][0]._encoding._encode_single_piece(piece) for piece in some]
+    ids, counts = MERGES[name].encode(ragged.padded(some, 16))
+    expected = [PAIRS[name][0]._encoding._encode_single_piece(piece) for piece in some]
     assert counts.tolist() == list(map(len, expected))
     assert ids.tolist() == list(itertools.chain.from_iterable(expected))
 
 
 def test_the_table_of_merges_is_exact() -> None:
     """Every pair of tokens that is a token, and pairs that are none."""
-    encoder = PAIRS[32000][0]._encoding
+    encoder = PAIRS["gpt2/32000"][0]._encoding
     ranks = {token: rank for token, rank in encoder._mergeable_ranks.items() if len(token) <= 16}
     left, right, merged = merges._pairs(ranks)
     expected = {
@@ -285,7 +357,7 @@ def test_a_vocabulary_that_merges_cannot_reach_is_left_to_tiktoken(
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"abc": 256}
     odd = tiktoken.Encoding(
         "odd",
-        pat_str=PAIRS[None][0]._encoding._pat_str,
+        pat_str=GPT2[0]._encoding._pat_str,
         mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": 257},
     )
@@ -300,8 +372,17 @@ def test_a_vocabulary_that_merges_cannot_reach_is_left_to_tiktoken(
     check(["abc abcd", "abc"], encoders=encoders)
 
 
+def test_the_patterns_are_those_of_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If tiktoken changes one, its encoding goes through tiktoken until the splitter follows."""
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **_: {})
+    for name in ("gpt2", "r50k_base", "p50k_base", "p50k_edit"):
+        assert getattr(openai_public, name)()["pat_str"] == pieces.GPT2_PATTERN
+    assert openai_public.cl100k_base()["pat_str"] == pieces_cl100k.CL100K_PATTERN
+
+
 def test_a_pattern_that_is_not_known_exactly_goes_through_tiktoken() -> None:
-    gpt2 = PAIRS[None][0]._encoding
+    gpt2 = GPT2[0]._encoding
     other = tiktoken.Encoding(
         "gpt2",  # the name says nothing
         pat_str=gpt2._pat_str.replace(r"\p{N}++", r"\p{N}{1,3}+"),
