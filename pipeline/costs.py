@@ -71,11 +71,8 @@ def measure(form: str, encoder: Encoder) -> Costs:
     half = int(np.searchsorted(offsets, offsets[-1] // 2))
     encoder.encode_block(text, offsets[: half + 1], False)  # warms its cache
     encode_s = _cpu_s(lambda: encoder.encode_block(text, offsets[half:], False))
-    encoded = int(offsets[-1] - offsets[half])
-    least = 1e-9  # of a sample without text
-    return Costs(
-        1e6 * read_s / max(1, int(offsets[-1])) + least, 1e6 * encode_s / max(1, encoded) + least
-    )
+    read, encoded = int(offsets[-1]), int(offsets[-1] - offsets[half])
+    return Costs(1e6 * read_s / read, 1e6 * encode_s / encoded)
 
 
 def _cpu_s(work: Callable[[], object]) -> float:
