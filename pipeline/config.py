@@ -55,6 +55,11 @@ class Stream(Section):
     max_retries: int = 8  # attempts without progress before a fetch fails
     timeout_s: float = 30.0  # a connection that is silent this long is given up
     min_bytes_per_s: float = 10_000  # so is one slower than this over timeout_s; 0: no limit
+    hang_s: float = 180.0  # a worker that has work and is silent this long is replaced
+    consumer_hang_s: float = 3600.0  # the same for the trainer or writer: an update may take long
+    worker_memory_gb: float | None = None  # a larger worker is replaced; null: a quarter of all
+    writer_save_s: float = 10.0  # tokenize: what was written is made durable this often
+    disk_wait_s: float = 600.0  # a checkpoint that meets a full disk is tried again this long
 
 
 class Validation(Section):
@@ -300,6 +305,12 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         "data.stream.slot_windows": stream.slot_windows,
         "data.stream.max_disk_gb": stream.max_disk_gb,
         "data.stream.timeout_s": stream.timeout_s,
+        "data.stream.writer_save_s": stream.writer_save_s,
+        "data.stream.hang_s": stream.hang_s,
+        "data.stream.consumer_hang_s": stream.consumer_hang_s,
+        "data.stream.worker_memory_gb": (
+            1.0 if stream.worker_memory_gb is None else stream.worker_memory_gb
+        ),
         "data.stream.fetchers": 1 if stream.fetchers is None else stream.fetchers,
         "data.stream.decompressors": 1 if stream.decompressors is None else stream.decompressors,
         "data.stream.workers": 1 if auto else stream.workers,
@@ -326,6 +337,7 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         (stream.timeout_s <= 60, "data.stream.timeout_s", "it is 60 at most"),
         (stream.min_bytes_per_s >= 0, "data.stream.min_bytes_per_s", "it cannot be negative"),
         (stream.prefetch >= 0, "data.stream.prefetch", "it cannot be negative"),
+        (stream.disk_wait_s >= 0, "data.stream.disk_wait_s", "it cannot be negative"),
         (stream.block_bytes >= 4096, "data.stream.block_bytes", "a block holds 4096 bytes or more"),
         (log.max_log_mb >= 0.1, "logging.max_log_mb", "logs need 0.1 MB"),
         (hyper.gradient_clip >= 0, "training.hyperparameters.gradient_clip", "it is negative"),

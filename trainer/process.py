@@ -16,8 +16,10 @@ from pipeline import checkpoints, encoding
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
 from pipeline.config import Config, from_plain
+from pipeline.errors import is_disk_full
 from pipeline.faults import faultpoint
 from pipeline.messages import (
+    CheckpointFailed,
     CheckpointWritten,
     ConsumerDone,
     ConsumerReady,
@@ -249,10 +251,20 @@ class _Training:
         self.loop.pause(time.perf_counter() - begin)
 
     def _settle(self, *, wait: bool) -> None:
-        """Tell of a checkpoint that has been written."""
-        if self.writer.busy and (wait or self.writer.done):
-            state, path, size = self.writer.result()
-            self.channel.send(CheckpointWritten(state.step, str(path), size, state.cursor))
+        """Tell of a checkpoint that has been written; one that met a full disk is written again
+        when the supervisor says so."""
+        while self.writer.busy and (wait or self.writer.done):
+            try:
+                state, path, size = self.writer.result()
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                self.checkpoint.clean(self.run_dir)
+                self.channel.send(CheckpointFailed(f"{self.run_dir}: {error.strerror}"))
+                self.feed.reserve(self.checkpoint.largest_bytes(self.loop))
+                self.writer.begin()
+            else:
+                self.channel.send(CheckpointWritten(state.step, str(path), size, state.cursor))
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────
 
