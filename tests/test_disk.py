@@ -161,21 +161,6 @@ def test_token_files_that_meet_a_full_disk_go_on_at_the_token(
 # ── folders that change under the run ───────────────────────────────────────────────────────
 
 
-def test_cached_shards_that_vanish_are_fetched_again(
-    tmp_path: Path, shards: list[Path], expected: str
-) -> None:
-    with http_server(shards[0].parent, Behaviour(bytes_per_s=60_000)) as url:
-        one = job(tmp_path, [f"{url}/{path.name}" for path in shards], fetchers=1, prefetch=0)
-        process = start(tmp_path, one)
-        for _ in wait_for_event(process, "shard_fetched"):
-            pass
-        for path in (tmp_path / "cache").glob("*.shard"):
-            path.unlink()
-        outcome, err = finish(process)
-        assert process.returncode == 0, err
-        assert outcome["summary"]["sha256"] == expected
-
-
 def test_a_cache_folder_that_turns_read_only_ends_the_run_and_it_resumes(
     tmp_path: Path, shards: list[Path], expected: str
 ) -> None:
@@ -242,21 +227,30 @@ def test_a_strangers_files_stay_and_count_for_nothing(tmp_path: Path, shards: li
     assert all((folder / name).read_bytes() == b"mine" * 1000 for name in names)
 
 
-@pytest.mark.parametrize("how", ["cut", "altered", "deleted"])
-def test_a_damaged_shard_in_the_cache_is_found_and_fetched_again(tmp_path: Path, how: str) -> None:
-    """Plain JSON lines, which have no checksum of their own, damaged just before they are read."""
-    folder = tmp_path / "remote"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def unchecked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """Plain JSON lines, which have no checksum of their own: folder, names, undisturbed sha256."""
+    folder = tmp_path_factory.mktemp("remote")
     paths = [folder / f"shard-{number}.jsonl" for number in range(3)]
     for number, path in enumerate(paths):
         texts = DOCUMENTS[number * 20 : number * 20 + 20]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    undisturbed = run(tmp_path / "undisturbed", job(tmp_path / "undisturbed", paths))
+    undisturbed = tmp_path_factory.mktemp("unchecked")
+    summary = run(undisturbed, job(undisturbed, paths))
+    return folder, [path.name for path in paths], summary["sha256"]
+
+
+@pytest.mark.parametrize("how", ["cut", "altered", "deleted"])
+def test_a_damaged_shard_in_the_cache_is_found_and_fetched_again(
+    tmp_path: Path, unchecked: tuple[Path, list[str], str], how: str
+) -> None:
+    """Damaged just before it is read."""
+    folder, names, undisturbed = unchecked
     opening = tmp_path / "opening"
     with http_server(folder) as url:
         process = start(
             tmp_path,
-            job(tmp_path, [f"{url}/{path.name}" for path in paths], decompressors=1, prefetch=0),
+            job(tmp_path, [f"{url}/{name}" for name in names], decompressors=1, prefetch=0),
             FINEWEB_FAULT=f"stop:decompressor:received:OpenShard:2:{opening}",
         )
         eventually(opening.exists, 60)
@@ -271,7 +265,7 @@ def test_a_damaged_shard_in_the_cache_is_found_and_fetched_again(tmp_path: Path,
         os.kill(int(opening.read_text().split()[1]), signal.SIGCONT)
         outcome, err = finish(process)
     assert len(events(err, "cached_shard_damaged")) == 1
-    assert outcome["summary"]["sha256"] == undisturbed["sha256"]
+    assert outcome["summary"]["sha256"] == undisturbed
 
 
 def test_what_an_earlier_run_left_is_checked_before_it_is_used(

@@ -75,27 +75,17 @@ BATCHES = {
     ),
     "writer": (
         "plain",
-        kills("writer", ("writer:mid_write", 4), ("writer:before_close", 1),
-              ("writer:after_close", 2), ("before_send:ConsumerDone", 1)),
-    ),
-    "writer saves": (
-        "plain",
-        kills("writer", ("writer:before_rename", 1), ("writer:after_rename", 2),
-              ("received:CursorIs", 1), ("mid_send:SlotReleased", 5)),
+        kills("writer", ("writer:mid_write", 4), ("writer:after_close", 2),
+              ("writer:before_rename", 1), ("before_send:ConsumerDone", 1)),
     ),
     "trainer": (
         "train",
-        kills("trainer", ("checkpoint:mid_write", 2), ("checkpoint:before_rename", 1),
-              ("before_send:CheckpointWritten", 1)),
-    ),
-    "trainer again": (
-        "train",
-        kills("trainer", ("trainer:step", 11), ("checkpoint:after_rename", 1),
-              ("mid_send:StepDone", 2)),
+        kills("trainer", ("checkpoint:mid_write", 2), ("checkpoint:after_rename", 1),
+              ("trainer:step", 11)),
     ),
     "supervisor evicts": ("plain", kills(SUPERVISOR, ("supervisor:before_evict", 2))),
+    "supervisor sends": ("plain", kills(SUPERVISOR, ("mid_send:Place", 3))),
     "supervisor receives": ("train", kills(SUPERVISOR, ("received:CheckpointWritten", 2))),
-    "supervisor sends": ("outgrown", kills(SUPERVISOR, ("mid_send:Grant", 1))),
 }  # fmt: skip
 
 

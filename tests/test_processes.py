@@ -100,11 +100,11 @@ def test_a_machine_that_slept_does_not_blame_its_workers(
     tmp_path: Path, shards: list[Path], expected: str
 ) -> None:
     """Everything is stopped for longer than hang_s, then the supervisor goes on first."""
-    with slow_run(tmp_path, shards, hang_s=3.0) as process:
+    with slow_run(tmp_path, shards, hang_s=2.0) as process:
         everybody = [psutil.Process(process.pid), *descendants(process.pid)]
         for one in reversed(everybody):
             one.suspend()
-        time.sleep(4.5)
+        time.sleep(3.0)
         everybody[0].resume()
         time.sleep(0.5)
         for one in everybody[1:]:
@@ -144,7 +144,7 @@ def test_workers_that_hang_are_found_and_replaced(
         plans.append(f"hang:tokenizer:before_send:Hello:1:{tmp_path / 'newborn'}")
         process = start(
             tmp_path,
-            job(tmp_path, urls, hang_s=4.0, consumer_hang_s=6.0),
+            job(tmp_path, urls, hang_s=3.0, consumer_hang_s=5.0),
             FINEWEB_FAULT=";".join(plans),
         )
         outcome, err = finish(process)
