@@ -139,10 +139,10 @@ def _until(process: subprocess.Popen[str], condition: Callable[[], Any]) -> bool
 
 
 def _interrupt(process: subprocess.Popen[str], folder: Path) -> None:
-    """Ctrl-C as soon as the consumer is at work: it was stopped there, so that it is not done."""
+    """A clean stop as soon as the consumer is at work: held there, so that it is not done before."""
     held, log = folder / "held", folder / "run" / "log.txt"
     if _until(process, held.exists):
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT may be switched off: a job in the background
         _until(process, lambda: "stopping" in log.read_text())
         _continue(held)
 

@@ -8,7 +8,6 @@ when a run starts, through FINEWEB_FAULT.
 from __future__ import annotations
 
 import random
-import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,7 +29,7 @@ _WEIGHTS = {
     "stop for good": 0.2,
     "server fault": 2.0,
     "damage in the cache": 0.6,
-    "interrupt": 0.15,
+    "clean stop": 0.15,
 }
 # Planted at a run's start: action, role, point, and how late at most it happens.
 _PLANTED = (
@@ -141,7 +140,7 @@ class Injector:
                 self._damage()
             case _:
                 if children(supervisor):  # else it does not heed signals yet
-                    supervisor.send_signal(signal.SIGINT)
+                    supervisor.terminate()
                     self._note(kind)
         return False
 
