@@ -139,7 +139,7 @@ def _until(process: subprocess.Popen[str], condition: Callable[[], Any]) -> bool
 
 
 def _interrupt(process: subprocess.Popen[str], folder: Path) -> None:
-    """A clean stop as soon as the consumer is at work: held there, so that it is not done before."""
+    """A clean stop while the consumer is at work, and held, so that it is not done before."""
     held, log = folder / "held", folder / "run" / "log.txt"
     if _until(process, held.exists):
         process.terminate()  # SIGINT may be switched off: a job in the background
