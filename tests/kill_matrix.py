@@ -2,7 +2,7 @@
 
     python -m tests.kill_matrix                  every point once: about 250 kills
     python -m tests.kill_matrix --rounds 5       at its 1st, 2nd, 3rd, 5th and 8th passing
-    python -m tests.kill_matrix --role writer    one role
+    python -m tests.kill_matrix --only writer    one role, or one message: send:Log
 
 The points come from the sources (tests/points.py). Each scenario is a real run that passes some
 of them; an undisturbed run with `record` finds out which, so that no kill is wasted and no point
@@ -241,7 +241,7 @@ def batches(cover: dict[Point, Scenario], count: int) -> Iterator[tuple[Scenario
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=1, choices=range(1, len(PASSINGS) + 1))
-    parser.add_argument("--role", help="only the points of this role")
+    parser.add_argument("--only", default="", help="only points like this: writer, send:Log")
     options = parser.parse_args()
     begin, kills, failures = time.monotonic(), 0, 0
     with tempfile.TemporaryDirectory(prefix="kill-matrix-") as name, world(Path(name)) as here:
@@ -250,7 +250,7 @@ def main() -> int:
         missing = sorted(set(matrix()) - set(cover))
         for point in missing:
             print(f"NEVER PASSED  {point.role} {point.name}", flush=True)
-        wanted = {p: s for p, s in cover.items() if options.role in (None, p.role)}
+        wanted = {p: s for p, s in cover.items() if options.only in f"{p.role} {p.name}"}
         for count in PASSINGS[: options.rounds]:
             for scenario, batch in batches(wanted, count):
                 try:

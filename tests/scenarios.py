@@ -36,7 +36,7 @@ class World:
     """Shards, and the servers that they come from."""
 
     plain: list[str]
-    slow: list[str]  # a few seconds for all of it
+    slow: list[str]  # a few seconds for all of it, and one shard's answers are cut off
     endless: list[str]  # one shard of unknown length, longer than its first grant
     broken: list[str]  # one shard is cut off
     single: list[str]
@@ -61,7 +61,8 @@ def world(base: Path) -> Iterator[World]:
     (folder / "cut.jsonl.zst").write_bytes(whole[: len(whole) * 2 // 3])
     with ExitStack() as stack:
         fast = stack.enter_context(http_server(folder))
-        slow = stack.enter_context(http_server(folder, Behaviour(bytes_per_s=300_000)))
+        cutting = Behaviour(bytes_per_s=300_000, cut_after={names[1]: 30_000})
+        slow = stack.enter_context(http_server(folder, cutting))
         chunked = stack.enter_context(http_server(folder, Behaviour(no_length={"outgrown.jsonl"})))
         single = stack.enter_context(http_server(folder / "single"))
         short = stack.enter_context(http_server(folder / "few"))
