@@ -211,8 +211,10 @@ def skip(gen: Generation, one: Skip) -> None:
         raise Violation(f"{one} leaves out what was read: the stream is at {stream.at}")
     if len(gen.scheduler.state.skips) > gen.scheduler.state.plan.max_bad_shards:
         raise Violation(f"{one} is one more than is allowed")
-    if gen.sim.blame[stream.shard_at(one.sequence)] < 3:
+    shard = stream.shard_at(one.sequence)
+    if gen.sim.blame[shard] < 3:
         raise Violation(f"{one} has no cause")
+    gen.sim.killed_by[shard] = 0
 
 
 def explained(gen: Generation, error: FinewebError) -> None:
