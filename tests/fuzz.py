@@ -34,9 +34,11 @@ _LIMIT_S = 10.0  # for one input
 _MEMORY_BYTES = 3 << 30  # address space that a process may add to what it has at its start
 _MOST_FOUND = 10  # of one target, before it is given up
 _LARGEST_BYTES = 1 << 16
-_NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, (1 << 31) - 1, (1 << 32) - 1, 1 << 62, -1)
-_WORDS = (b"\0", b"\n", b"{", b"[" * 50, b'"', b"\\ud800", b"null", b"-1", b"9" * 40, b"1e999",
-          b"\xff\xfe", b"\xed\xa0\x80", b": ", b"\r\n", b"%", b"..", b"&a *a", b"ustar")  # fmt: skip
+_NUMBERS = (0, 1, 127, 128, 255, 0x7FFF, 0xFFFF, (1 << 31) - 1, (1 << 32) - 1, 1 << 62, -1)
+_WORDS = (
+    b"\0", b"\n", b"{", b"[" * 50, b'"', b"\\ud800", b"null", b"-1", b"9" * 40, b"1e999",
+    b"\xff\xfe", b"\xed\xa0\x80", b": ", b"\r\n", b"%", b"..", b"&a *a", b"ustar",
+)  # fmt: skip
 
 
 # ── inputs ──────────────────────────────────────────────────────────────────────────────────
