@@ -30,10 +30,10 @@ from typing import Any
 
 from tests.fuzz_targets import TARGETS
 
-_LIMIT_S = 10.0  # for one input
+LIMIT_S = 10.0  # for one input
 _MEMORY_BYTES = 3 << 30  # address space that a process may add to what it has at its start
 _MOST_FOUND = 10  # of one target, before it is given up
-_LARGEST_BYTES = 1 << 16
+LARGEST_BYTES = 1 << 16
 _NUMBERS = (0, 1, 127, 128, 255, 0x7FFF, 0xFFFF, (1 << 31) - 1, (1 << 32) - 1, 1 << 62, -1)
 _WORDS = (
     b"\0", b"\n", b"{", b"[" * 50, b'"', b"\\ud800", b"null", b"-1", b"9" * 40, b"1e999",
@@ -50,7 +50,7 @@ def make(target: str, seeds: Sequence[bytes], seed: int, index: int) -> bytes:
     data = bytearray(random_.choice(seeds))
     for _ in range(min(1 + int(random_.expovariate(0.5)), 12)):
         _change(data, random_, seeds)
-    return bytes(data[:_LARGEST_BYTES])
+    return bytes(data[:LARGEST_BYTES])
 
 
 def _change(data: bytearray, random_: random.Random, seeds: Sequence[bytes]) -> None:
@@ -91,7 +91,7 @@ def _serve(target: str, seed: int, first: int, count: int, marker: int) -> None:
     faulthandler.enable()
     chosen = TARGETS[target]
     seeds = chosen.seeds()
-    with tempfile.TemporaryDirectory(dir=_fast_folder()) as name:
+    with tempfile.TemporaryDirectory(dir=fast_folder()) as name:
         folder = Path(name)
         if sys.platform == "linux":
             pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -103,7 +103,7 @@ def _serve(target: str, seed: int, first: int, count: int, marker: int) -> None:
                 break
             os.pwrite(marker, index.to_bytes(8, "little"), 0)
             data = make(target, seeds, seed, index)
-            signal.setitimer(signal.ITIMER_REAL, _LIMIT_S)  # SIGALRM ends the process
+            signal.setitimer(signal.ITIMER_REAL, LIMIT_S)  # SIGALRM ends the process
             try:
                 chosen.check(data, folder)
             except Exception:
@@ -116,7 +116,7 @@ def _serve(target: str, seed: int, first: int, count: int, marker: int) -> None:
     os._exit(0)  # servers of the target may still run
 
 
-def _fast_folder() -> str | None:
+def fast_folder() -> str | None:
     """Files in memory where the system has such a folder."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
@@ -155,25 +155,10 @@ def campaign(target: str, seed: int, first: int, count: int) -> dict[str, Any]:
 # ── by coverage ─────────────────────────────────────────────────────────────────────────────
 
 
-def _guide(target: str, seed: int, count: int) -> None:
-    """One target with atheris, which ends the process at the first thing it finds."""
-    import atheris  # type: ignore[import-not-found]
-
-    atheris.instrument_all()
-    chosen = TARGETS[target]
-    corpus, folder = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp(dir=_fast_folder()))
-    for number, data in enumerate(chosen.seeds()):
-        (corpus / str(number)).write_bytes(data)
-    options = [f"-runs={count}", f"-seed={seed}", f"-timeout={_LIMIT_S:.0f}", "-rss_limit_mb=3000",
-               f"-max_len={_LARGEST_BYTES}", f"-artifact_prefix={folder}/"]  # fmt: skip
-    atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: chosen.check(data, folder))
-    atheris.Fuzz()
-
-
 def _guided(target: str, seed: int, count: int) -> dict[str, Any]:
     begin = time.monotonic()
     child = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", "--guide", target, str(seed), str(count)],
+        [sys.executable, "-m", "tests.fuzz_guided", target, str(seed), str(count)],
         check=False, capture_output=True,
     )  # fmt: skip
     said = child.stderr.decode(errors="replace")
@@ -182,7 +167,7 @@ def _guided(target: str, seed: int, count: int) -> dict[str, Any]:
     found = [{"index": None, "what": what}] if child.returncode else []
     seconds = round(time.monotonic() - begin, 1)
     return {"target": target, "inputs": count, "found": found, "seconds": seconds,
-            "last": lines[-1] if lines else ""}  # fmt: skip
+            "coverage": " ".join(lines[-1].split()[2:6]) if lines else ""}  # fmt: skip
 
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────
@@ -202,14 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="print the inputs, run nothing")
     parser.add_argument("--json", action="store_true", help="one JSON line for each target")
     parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
-    parser.add_argument("--guide", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve:
         target, *numbers = options.serve
         _serve(target, *map(int, numbers))
-    if options.guide:
-        target, *numbers = options.guide
-        _guide(target, *map(int, numbers))
     total = 0
     for target in options.target or TARGETS:
         if options.show:
@@ -227,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         rate = done["inputs"] / max(done["seconds"], 0.1)
         print(f"{target:<11} {done['inputs']:>8} inputs {rate:>7.0f}/s, {len(done['found'])} found"
-              + (f", {done['peak_bytes'] / 1e6:.0f} MB" if done.get("peak_bytes") else ""),
+              + (f", {done['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in done else "")
+              + (f", {done['coverage']}" if "coverage" in done else ""),
               flush=True)  # fmt: skip
         for one in done["found"]:
             print(f"  --seed {options.seed} --target {target} --first {one['index']} --count 1")
