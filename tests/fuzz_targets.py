@@ -173,7 +173,10 @@ def _headers(data: bytes, folder: Path) -> None:
     pairs = [line.split(": ", 1) for line in lines if ": " in line]
     headers = urllib3.HTTPHeaderDict([(key.strip(), value) for key, value in pairs])
     status = int(first) if first.isascii() and first.isdigit() and len(first) == 3 else 200
-    response = urllib3.HTTPResponse(b"", headers, status, preload_content=False)
+    try:
+        response = urllib3.HTTPResponse(b"", headers, status, preload_content=False)
+    except urllib3.exceptions.HTTPError:  # as in a request: HttpSource._open knows it
+        return
     source = http_source.HttpSource("http://host/x", 1)
     seconds = http_source.retry_after_s(response)
     assert seconds is None or 0 <= seconds < 1e10
