@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pipeline import user_cache
 from pipeline.blocks import Texts
 from pipeline.codecs import open_documents
 from pipeline.encoding import Encoder
+from pipeline.errors import ShardError
 
 _SAMPLE_BYTES = 2_000_000  # of text; bz2 takes a tenth of a second for it
 _FILE = "costs.json"
@@ -66,10 +68,11 @@ def of(
 def measure(form: str, local_path: str | None, text_field: str, encoder: Encoder) -> Costs:
     """Read a sample of the format and encode it; see of."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = local_path
-        if path is None:
-            path = str(Path(scratch) / f"sample.{form}")
-            Path(path).write_bytes(_write(form, text_field))
+        path = str(Path(scratch) / f"sample.{form}")
+        Path(path).write_bytes(_write(form, text_field))
+        with suppress(ShardError):  # one that is damaged is for the decompressors to judge
+            if local_path is not None and len(_sample(local_path, text_field).text):
+                path = local_path
         text, offsets = _sample(path, text_field)
         read_s = _cpu_s(lambda: _sample(path, text_field))
     half = int(np.searchsorted(offsets, offsets[-1] // 2))

@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from pipeline.codecs import open_documents
 from pipeline.errors import ShardError
-from tests.malformed import TAR_END, line, member
+from tests.malformed import TAR_END, documents, line, member
 
 PIECES = 16
 _PIECE = b"a" * (32 << 20)
@@ -72,7 +71,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], int, int]] = {
 
 def main() -> None:
     name = sys.argv[1]
-    documents = bad = 0
+    whole = bad = 0
     error = ""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
@@ -80,9 +79,9 @@ def main() -> None:
         size = path.stat().st_size
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
-            for document in open_documents(str(path), name, "text"):
+            for document in documents(path, name):
                 if isinstance(document, bytes):
-                    documents += 1
+                    whole += 1
                 else:
                     bad += 1
         except ShardError as caught:
@@ -91,7 +90,7 @@ def main() -> None:
         files = len(list(Path(folder).iterdir()))
     unit = 1 if sys.platform == "darwin" else 1024
     print(json.dumps({
-        "documents": documents, "bad": bad, "error": error, "file_bytes": size, "files": files,
+        "documents": whole, "bad": bad, "error": error, "file_bytes": size, "files": files,
         "before_bytes": before * unit, "peak_bytes": after * unit,
     }))  # fmt: skip
 

@@ -25,12 +25,11 @@ from pipeline import cache as cache_folder
 from pipeline import checkpoints, config, http_source
 from pipeline.channel import Frames, frame
 from pipeline.checkpoints import CheckpointState
-from pipeline.codecs import open_documents
 from pipeline.errors import ConfigError, ShardError, SourceError
 from pipeline.messages import ALL, BadRecord, Cursor, LaneCursor, Skip
 from pipeline.sources import ChangedError, Stat, TransientError
 from pipeline.workers import writer
-from tests.malformed import CASES, TAR_END, jsonl, member, zst
+from tests.malformed import CASES, TAR_END, documents, jsonl, member, zst
 
 _MAX_DOCUMENTS = 100_000  # a few bytes may be very many documents: that is no defect
 _MAX_BODY_BYTES = 1 << 20
@@ -58,7 +57,7 @@ def _shard(name: str) -> Callable[[bytes, Path], None]:
         path = folder / name
         path.write_bytes(data)
         with suppress(ShardError):
-            for count, document in enumerate(open_documents(str(path), name, "text")):
+            for count, document in enumerate(documents(path, name)):
                 assert isinstance(document, bytes | BadRecord)
                 if isinstance(document, bytes):
                     document.decode()
