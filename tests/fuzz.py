@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import importlib
 import json
 import os
 import random
@@ -28,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz_targets import TARGETS
+from tests.fuzz_targets import TARGETS, Target
 
 LIMIT_S = 10.0  # for one input
 _MEMORY_BYTES = 3 << 30  # address space that a process may add to what it has at its start
@@ -86,10 +87,19 @@ def _change(data: bytearray, random_: random.Random, seeds: Sequence[bytes]) -> 
 # ── the process that runs them ──────────────────────────────────────────────────────────────
 
 
-def _serve(target: str, seed: int, first: int, count: int, marker: int) -> None:
+def _find(target: str) -> Target:
+    """A target by its name, or by module:NAME (for tests of this program)."""
+    if ":" not in target:
+        return TARGETS[target]
+    module, name = target.split(":")
+    found: Target = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _serve(target: str, limit_s: float, seed: int, first: int, count: int, marker: int) -> None:
     """Run inputs; the descriptor marker always holds the number of the one at work."""
     faulthandler.enable()
-    chosen = TARGETS[target]
+    chosen = _find(target)
     seeds = chosen.seeds()
     with tempfile.TemporaryDirectory(dir=fast_folder()) as name:
         folder = Path(name)
@@ -103,7 +113,7 @@ def _serve(target: str, seed: int, first: int, count: int, marker: int) -> None:
                 break
             os.pwrite(marker, index.to_bytes(8, "little"), 0)
             data = make(target, seeds, seed, index)
-            signal.setitimer(signal.ITIMER_REAL, LIMIT_S)  # SIGALRM ends the process
+            signal.setitimer(signal.ITIMER_REAL, limit_s)  # SIGALRM ends the process
             try:
                 chosen.check(data, folder)
             except Exception:
@@ -121,7 +131,9 @@ def fast_folder() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def campaign(target: str, seed: int, first: int, count: int) -> dict[str, Any]:
+def campaign(
+    target: str, seed: int, first: int, count: int, limit_s: float = LIMIT_S
+) -> dict[str, Any]:
     """Run inputs first … first + count − 1 of a target.
 
     Returns:
@@ -131,7 +143,8 @@ def campaign(target: str, seed: int, first: int, count: int) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     while at < end and len(found) < _MOST_FOUND:
         with tempfile.TemporaryFile() as marker:
-            arguments = [target, str(seed), str(at), str(end - at), str(marker.fileno())]
+            numbers = (limit_s, seed, at, end - at, marker.fileno())
+            arguments = [target, *map(str, numbers)]
             child = subprocess.run(
                 [sys.executable, "-m", "tests.fuzz", "--serve", *arguments],
                 check=False, capture_output=True, pass_fds=[marker.fileno()],
@@ -186,11 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--guided", action="store_true", help="by coverage, with atheris")
     parser.add_argument("--show", action="store_true", help="print the inputs, run nothing")
     parser.add_argument("--json", action="store_true", help="one JSON line for each target")
-    parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve:
-        target, *numbers = options.serve
-        _serve(target, *map(int, numbers))
+        target, limit_s, *numbers = options.serve
+        _serve(target, float(limit_s), *map(int, numbers))
     total = 0
     for target in options.target or TARGETS:
         if options.show:
