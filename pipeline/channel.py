@@ -21,6 +21,7 @@ _LENGTH = struct.Struct("<I")
 _MAX_FRAME_BYTES = 64 << 20
 _RECV_BYTES = 1 << 18
 _WORKING_S = 1.0
+_NO_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(__import__("typing").Union[ALL]).decode  # type: ignore[valid-type]
 
@@ -30,23 +31,30 @@ class ClosedError(Exception):
 
 
 class Frames:
-    """Cuts received bytes into messages; a torn last frame is never delivered. Pure."""
+    """Cuts received bytes into messages; a torn last frame is never delivered. Pure.
+
+    damaged: the bytes are no messages from here on: whoever sends them must be given up.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self.damaged = False
 
     def feed(self, data: bytes) -> list[Message]:
         """Add received bytes and return the messages that are now whole, in order."""
         buffer, messages, at = self._buffer, [], 0
         buffer += data
-        while len(buffer) - at >= _LENGTH.size:
+        while len(buffer) - at >= _LENGTH.size and not self.damaged:
             (size,) = _LENGTH.unpack_from(buffer, at)
             if size > _MAX_FRAME_BYTES:
-                raise ValueError(f"frame of {size} bytes: the stream is damaged")
-            if len(buffer) - at - _LENGTH.size < size:
+                self.damaged = True
+            if self.damaged or len(buffer) - at - _LENGTH.size < size:
                 break
             at += _LENGTH.size
-            messages.append(_decode(memoryview(buffer)[at : at + size]))
+            try:
+                messages.append(_decode(bytes(memoryview(buffer)[at : at + size])))
+            except _NO_MESSAGE:
+                self.damaged = True
             at += size
         del buffer[:at]
         return messages
@@ -122,6 +130,8 @@ class Channel:
             if not data:
                 raise ClosedError
             self._inbox.extend(self._frames.feed(data))
+            if self._frames.damaged:
+                raise ClosedError
         message = self._inbox.popleft()
         self._at_work_on = type(message).__name__
         faultpoint(f"received:{self._at_work_on}")
@@ -171,7 +181,8 @@ class SupervisorChannel:
     def receive(self) -> tuple[list[Message], bool]:
         """All messages that have arrived, and whether the peer is gone (EOF or reset).
 
-        A peer that is gone has had everything it sent drained; a torn last record is dropped.
+        A peer that is gone has had everything it sent drained; a torn last record is dropped. One
+        that sends what is no message is as good as gone.
         """
         messages: list[Message] = []
         while True:
@@ -184,6 +195,8 @@ class SupervisorChannel:
             if not data:
                 return messages, True
             messages += self._frames.feed(data)
+            if self._frames.damaged:
+                return messages, True
 
     def close(self) -> None:
         self.sock.close()

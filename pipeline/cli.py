@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import msgspec
 from pipeline import checkpoints, cli_runs, config, supervisor
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ExitCode, FinewebError
+from pipeline.redaction import scrub
 from pipeline.supervisor import Job, Outcome
 from pipeline.view import make_view
 
@@ -368,3 +370,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(int(ExitCode.USAGE))
+    except Exception:  # a bug: its traceback may hold what the user's URLs do
+        click.echo(scrub(traceback.format_exc()), err=True)
+        click.echo("this is a bug: please report it with the traceback", err=True)
+        sys.exit(int(ExitCode.BUG))

@@ -260,7 +260,7 @@ def _find(path: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates, UTF-8
         raise ConfigError(f"{path} is no YAML: {error}", "correct the line") from None
     if not isinstance(plain, dict):
         raise ConfigError(f"{path} holds no configuration", "begin with `name: …`")

@@ -16,6 +16,7 @@ from pipeline import checkpoints
 from pipeline.log import RunLog
 from pipeline.messages import CheckpointWritten
 from pipeline.power import Power
+from pipeline.redaction import scrub_fields
 from pipeline.state import FileState, State, Worker
 from pipeline.status import DiskStatus, StageStatus, Status, View
 from pipeline.trackers import Tracker
@@ -94,7 +95,8 @@ class Reporter:
     # ── what happens ────────────────────────────────────────────────────────────────────────
 
     def event(self, level: str, event: str, **fields: Any) -> None:
-        """Something has happened: to the log file and to the view."""
+        """Something has happened: to the log file and to the view, without secrets."""
+        fields = scrub_fields(fields)
         self.log.event(level, event, **fields)
         self.view.event(level, event, **fields)
         self.disk()

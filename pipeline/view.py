@@ -19,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.log import step_line
-from pipeline.redaction import scrub_fields
 from pipeline.status import DiskStatus, Status, View
 
 _LINE_S = 2.0  # between step lines off a terminal
@@ -83,7 +82,6 @@ class PlainView:
             processors=[
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-                scrub_fields,
                 structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=20),
             ],
         )
@@ -146,7 +144,6 @@ class LiveView:
         if event == "step_done":
             self._losses.append(float(fields["loss"]))
         elif event in _SHOWN or level == "error":
-            fields = scrub_fields(None, "", fields)
             said = "  ".join(f"{key} {value}" for key, value in fields.items())
             self._notes.append(f"{event.replace('_', ' ')}: {said}"[:160])
 

@@ -25,6 +25,7 @@ import numpy as np
 from pipeline import durable
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
+from pipeline.errors import ShardError
 from pipeline.faults import faultpoint
 from pipeline.messages import (
     ConsumerDone,
@@ -58,11 +59,18 @@ class WriterState(msgspec.Struct, frozen=True):
 
 
 def read_state(out_dir: Path) -> WriterState | None:
-    """The state of an earlier run in this folder, or None. Runs in: supervisor, writer."""
+    """The state of an earlier run in this folder, or None. Runs in: supervisor, writer.
+
+    Raises:
+        ShardError: its file cannot be read.
+    """
+    path = out_dir / STATE_FILE
     try:
-        return msgspec.json.decode((out_dir / STATE_FILE).read_bytes(), type=WriterState)
+        return msgspec.json.decode(path.read_bytes(), type=WriterState)
     except FileNotFoundError:
         return None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ShardError(f"{path} is damaged: {error}", "start over with --fresh") from error
 
 
 def file_name(index: int) -> str:
