@@ -166,7 +166,8 @@ class Trials:
         )
 
     def _train(self, setting: Setting) -> Result:
-        loop = Loop(self._config(setting), self.data.vocab_size, self.dtype)
+        vocab_size = self.data.vocab_size
+        loop = Loop(self._config(setting), vocab_size, self.dtype, eot=vocab_size - 1)
         windows = self._shuffled(setting.seed)
         looks = {round(setting.updates * n / _POINTS) for n in range(1, _POINTS + 1)}
         tokens, losses, begin = [], [], time.perf_counter()
@@ -197,6 +198,8 @@ class Trials:
         total = 0.0
         for at in range(0, len(held), B):
             total += float(
-                llama.loss_sum(loop.model, mx.array(held[at : at + B]), self.dtype).item()
+                llama.losses(loop.model, mx.array(held[at : at + B]), self.dtype, eot=loop.eot)
+                .sum()
+                .item()
             )
         return total / (held.shape[0] * (held.shape[1] - 1))
