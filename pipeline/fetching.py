@@ -153,7 +153,9 @@ class Fetching:
         if not self._local(file):
             if self._doomed(file):
                 return False
-            want = file.reserved_bytes or on_disk.get(run.shard, 0) or self._first_grant(file, depth)
+            want = (
+                file.reserved_bytes or on_disk.get(run.shard, 0) or self._first_grant(file, depth)
+            )
             file.users.add((run.lane, run.sequence))
             fits = self._fits(file, want) or (depth == 0 and self._make_room(file, want))
             if not fits:
@@ -200,9 +202,7 @@ class Fetching:
             run
             for lane in self.state.lanes
             for depth, run in enumerate(lane.runs)
-            if depth > 0
-            and run.attached
-            and not self._local(self.state.files[run.shard])
+            if depth > 0 and run.attached and not self._local(self.state.files[run.shard])
         ]
         ahead.sort(key=lambda run: (run.worker is None, run.sequence, run.lane))
         if not ahead:

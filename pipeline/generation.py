@@ -297,7 +297,7 @@ class Generation:
                 self._carry_out(self.scheduler.on_checkpoint_bytes(total))
             case CursorWanted(request=request, positions=positions):
                 cursor = self.scheduler.cursor(positions, self.setup.base)
-                child.channel.send(CursorIs(request, cursor))
+                child.channel.send(CursorIs(request, cursor, self.scheduler.shards_at(cursor)))
             case CheckpointWanted(request=request, size_bytes=size):
                 self._grant_checkpoint(child, request, size)
             case CheckpointWritten():

@@ -191,7 +191,9 @@ class Scheduler:
             worker.heard = min(worker.heard, now)
             silent = now - worker.heard
             if due and not worker.killed and silent > state.plan.hang_s:
-                reason = f"silent for {silent:.0f} s " + ("with work" if worker.ready else "at start")
+                reason = f"silent for {silent:.0f} s " + (
+                    "with work" if worker.ready else "at start"
+                )
                 worker.heard = now  # its death counts against what it works on
                 state.note("worker_hangs", level="warning", who=worker.name, reason=reason)
                 state.emit(Kill(worker.name, reason))
@@ -200,6 +202,12 @@ class Scheduler:
     def cursor(self, positions: tuple[int, ...], base: Cursor) -> Cursor:
         """See Placing.cursor."""
         return self.placing.cursor(positions, base)
+
+    def shards_at(self, cursor: Cursor) -> tuple[str, ...]:
+        """Names of the shards that the lanes stand in; '' for a lane that has ended."""
+        plan = self.state.plan
+        turns = [plan.lanes.turn(lane, at.sequence) for lane, at in enumerate(cursor.lanes)]
+        return tuple("" if turn is None else plan.shards[turn.shard].name for turn in turns)
 
     def totals(self) -> Counts:
         """Totals over everything that has got a position, earlier generations included."""

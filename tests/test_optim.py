@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from trainer import blas
 blas.preload()
 
 import mlx.core as mx  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 from trainer import model as llama  # noqa: E402
 from trainer import optim  # noqa: E402
@@ -197,3 +199,50 @@ def test_attention_is_causal() -> None:
     a, b = np.array(model(mx.array(tokens))), np.array(model(mx.array(changed % 300)))
     np.testing.assert_array_equal(a[0, :7], b[0, :7])
     assert np.abs(a[0, 7:] - b[0, 7:]).max() > 1e-4
+
+
+def gradients_of(
+    model: Llama, rows: mx.array, **options: object
+) -> tuple[float, dict[str, np.ndarray]]:
+    weights = dict(tree_flatten(model.parameters()))
+
+    def loss(weights: dict[str, mx.array]) -> mx.array:
+        model.update(tree_unflatten(list(weights.items())))
+        return llama.losses(model, rows, mx.float32, **options).sum()  # type: ignore[arg-type]
+
+    value, gradients = mx.value_and_grad(loss)(weights)
+    found = {name: np.array(array) for name, array in gradients.items()}
+    model.update(tree_unflatten(list(weights.items())))
+    return float(value.item()), found
+
+
+@pytest.mark.parametrize("eot", [None, 7])
+def test_layers_computed_again_give_the_same_gradients_from_less_memory(eot: int | None) -> None:
+    config = tiny().model
+    model = Llama(config, 300)
+    llama.initialize(model, config)
+    rows = mx.array(RNG.integers(0, 300, (4, 129)))
+    results, peaks = [], []
+    for recompute in (False, True):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        results.append(gradients_of(model, rows, eot=eot, recompute=recompute))
+        peaks.append(mx.get_peak_memory())
+    (loss, kept), (same, again) = results
+    assert loss == pytest.approx(same, rel=1e-6)
+    for name, array in kept.items():
+        np.testing.assert_allclose(again[name], array, atol=1e-4)
+    assert peaks[1] < peaks[0]
+
+
+def test_masked_documents_are_as_if_each_stood_alone_at_position_zero() -> None:
+    """Which is also why there is nothing to reset: RoPE sees differences of positions only."""
+    config = tiny().model
+    model = Llama(config, 300)
+    llama.initialize(model, config)
+    documents = [[11, 12, 13], [7, 21, 22, 23, 24], [7], [7, 31, 32]]
+    window = mx.array([list(itertools.chain(*documents))])
+    together = np.array(model(window, eot=7))[0]
+    alone = np.concatenate([np.array(model(mx.array([one])))[0] for one in documents])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.abs(np.array(model(window))[0] - alone).max() > 1e-3

@@ -17,27 +17,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from pipeline.config import Config
-from pipeline.errors import FinewebError
 from trainer import guards, optim, schedule
 from trainer import model as llama
+from trainer.errors import BadUpdatesError
 from trainer.model import Llama
 from trainer.optim import Arrays, State
-
-
-class BadUpdatesError(FinewebError):
-    """Too many updates in a row were skipped.
-
-    Args:
-        what: That happened.
-        facts: Of the last one's batches, as they were given to update().
-    """
-
-    def __init__(self, what: str, facts: dict[str, Any]) -> None:
-        super().__init__(
-            what,
-            "lower the learning rate or lengthen the warm-up, and resume from the last checkpoint",
-        )
-        self.facts = facts
 
 
 class Report(NamedTuple):
@@ -64,7 +48,8 @@ class Loop:
     ) -> None:
         self.config, self.dtype = config, dtype
         self.hyper = config.training.hyperparameters
-        assert isinstance(self.hyper.batch_size, int), "auto is settled by trainer/sizing.py"
+        assert self.hyper.batch_size != "auto", "trainer/sizing.py settles it"
+        self.batch_windows = self.hyper.batch_size
         self.eot = eot if config.data.preprocessing.mask_documents else None
         self.model = Llama(config.model, vocab_size)
         mx.random.seed(config.system.seed)
@@ -77,7 +62,7 @@ class Loop:
         self.first_loss: float | None = None
         mx.eval(self.weights, self.state)
         T = config.data.preprocessing.max_context_size
-        self.batch_tokens = self.hyper.batch_size * T
+        self.batch_tokens = self.batch_windows * T
         self.update_tokens = self.batch_tokens * self.hyper.gradient_accumulation_steps
         self._first = mx.compile(self._gradients)
         self._micro = mx.compile(self._micro_step)
@@ -197,6 +182,7 @@ class Loop:
         if self.first_loss is None:
             self.first_loss = loss
         self._refuse_too_many(report, values)
+        report.facts.pop("positions", None)  # for a BadUpdatesError alone
         wait_s = report.facts.pop("wait_s")
         return {
             "step": report.step,

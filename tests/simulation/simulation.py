@@ -144,9 +144,7 @@ class Simulation:
                 seed=world.shuffle,
                 epochs=world.epochs,
             ),
-            ring=RingLayout(
-                world.lanes, world.ring_slots, world.seq_len * world.slot_windows, 2
-            ),
+            ring=RingLayout(world.lanes, world.ring_slots, world.seq_len * world.slot_windows, 2),
             seq_len=world.seq_len,
             text_slots=world.text_slots,
             cache_dir="",
@@ -302,5 +300,3 @@ class Simulation:
             for shard in sorted(self.disk.whole):
                 if arg * 3 % 1 < 0.5:
                     self.disk.evict(shard)
-
-
