@@ -42,15 +42,15 @@ def plain(model: Any, optimizer: Any, windows: Any, batch: int, warmup: int, upd
         optimizer.update(model, gradients)
         return loss
 
-    losses, begin = [], 0.0
+    losses, begin, cpu = [], 0.0, 0.0
     for number in range(warmup + updates):
         if number == warmup:
-            begin = time.perf_counter()
+            begin, cpu = time.perf_counter(), time.process_time()
             mx.reset_peak_memory()
         loss = step(mx.array(windows[number * batch : (number + 1) * batch]))
         mx.eval(state)
         losses.append(loss.item())
-    return losses, time.perf_counter() - begin
+    return losses, time.perf_counter() - begin, time.process_time() - cpu
 
 
 def by_mlx_lm(
@@ -66,12 +66,12 @@ def by_mlx_lm(
     class Callback:
         def __init__(self) -> None:
             self.losses: list[float] = []
-            self.begin = 0.0
+            self.begin = self.cpu = 0.0
 
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
             self.losses.append(info["train_loss"])
             if info["iteration"] == warmup:
-                self.begin = time.perf_counter()
+                self.begin, self.cpu = time.perf_counter(), time.process_time()
                 mx.reset_peak_memory()
 
     callback = Callback()
@@ -90,7 +90,8 @@ def by_mlx_lm(
         iterate_batches=batches, training_callback=callback,
     )  # fmt: skip
     mx.save_safetensors = save
-    return callback.losses, time.perf_counter() - callback.begin
+    seconds, cpu = time.perf_counter() - callback.begin, time.process_time() - callback.cpu
+    return callback.losses, seconds, cpu
 
 
 def main() -> None:
@@ -109,7 +110,7 @@ def main() -> None:
         bias_correction=True,
     )
     windows = np.load(file)
-    losses, seconds = {"plain": plain, "mlx_lm": by_mlx_lm}[who](
+    losses, seconds, cpu = {"plain": plain, "mlx_lm": by_mlx_lm}[who](
         model, optimizer, windows, batch, warmup, updates
     )
     print(
@@ -117,6 +118,7 @@ def main() -> None:
             {
                 "losses": losses,
                 "tokens_per_s": updates * batch * (windows.shape[1] - 1) / seconds,
+                "cpu_s_per_mtok": 1e6 * cpu / (updates * batch * (windows.shape[1] - 1)),
                 "peak_bytes": mx.get_peak_memory(),
                 "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }

@@ -187,6 +187,9 @@ class System(Section):
     time_limit_s: float | None = None  # training ends with a checkpoint after this long
     device: Literal["auto", "cpu", "gpu"] = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs
+    # The head's logits are computed some rows at a time, and never kept. auto: in float32; in
+    # bfloat16 GPUs have a fused kernel, which needs the memory and is faster.
+    chunked_loss: Literal["auto", "always", "never"] = "auto"
     activation_checkpointing: bool = False  # layers are computed again in the backward pass
     # auto: on GPUs. On the CPU MLX calls the C++ compiler for every fused kernel: 40 s at the
     # first start, for updates that are 15 % faster.

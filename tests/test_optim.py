@@ -246,3 +246,31 @@ def test_masked_documents_are_as_if_each_stood_alone_at_position_zero() -> None:
     alone = np.concatenate([np.array(model(mx.array([one])))[0] for one in documents])
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert np.abs(np.array(model(window))[0] - alone).max() > 1e-3
+
+
+@pytest.mark.parametrize(("batch", "tied"), [(1, True), (5, True), (5, False)])
+def test_the_loss_in_chunks_is_the_loss(batch: int, tied: bool) -> None:
+    """5 × 128 rows are two chunks and a half."""
+    config = configuration.load(
+        "demo", {"model.dimensions.num_layers": 1, "model.misc.tie_word_embeddings": tied}
+    ).model
+    model = Llama(config, 300)
+    llama.initialize(model, config)
+    weights = {name: 3 * a for name, a in tree_flatten(model.parameters())}
+    rows = mx.array(RNG.integers(0, 300, (batch, 129)).astype(np.uint16))
+
+    def whole(weights: dict[str, mx.array]) -> mx.array:
+        model.update(tree_unflatten(list(weights.items())))
+        return llama.losses(model, rows, mx.float32).sum() / 7
+
+    def chunked(weights: dict[str, mx.array]) -> mx.array:
+        model.update(tree_unflatten(list(weights.items())))
+        return llama.loss_sum_chunked(model, rows) / 7
+
+    (loss, kept), (same, got) = (mx.value_and_grad(f)(weights) for f in (whole, chunked))
+    assert loss.item() == pytest.approx(same.item(), rel=1e-5)
+    for name, array in kept.items():
+        expected = np.array(array)
+        np.testing.assert_allclose(
+            np.array(got[name]), expected, atol=1e-5 * np.abs(expected).max()
+        )

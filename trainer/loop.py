@@ -57,6 +57,8 @@ class Loop:
         self.weights: Arrays = dict(tree_flatten(self.model.parameters()))
         self.state: State = optim.init(self.weights, config.training.optimization)
         self.state["guard"] = guards.init()
+        wanted = config.system.chunked_loss
+        self._chunked = wanted == "always" or (wanted == "auto" and dtype == mx.float32)
         self.step = 0  # updates done
         self.tokens = 0  # trained on
         self.first_loss: float | None = None
@@ -64,6 +66,8 @@ class Loop:
         T = config.data.preprocessing.max_context_size
         self.batch_tokens = self.batch_windows * T
         self.update_tokens = self.batch_tokens * self.hyper.gradient_accumulation_steps
+        # On the CPU nothing is gained by running ahead, and what runs ahead holds memory.
+        self._launch = mx.async_eval if mx.default_device() == mx.gpu else mx.eval
         self._first = mx.compile(self._gradients)
         self._micro = mx.compile(self._micro_step)
         self._apply = mx.compile(self._apply_step)
@@ -78,7 +82,10 @@ class Loop:
         here = llama.as_dtype(weights, self.dtype)
         self.model.update(tree_unflatten(list(here.items())))
         recompute = self.config.system.activation_checkpointing
-        losses = llama.losses(self.model, rows_BT1, self.dtype, eot=self.eot, recompute=recompute)
+        options = {"eot": self.eot, "recompute": recompute}
+        if self._chunked:
+            return llama.loss_sum_chunked(self.model, rows_BT1, **options) / self.update_tokens
+        losses = llama.losses(self.model, rows_BT1, self.dtype, **options)
         return losses.sum() / self.update_tokens
 
     def _gradients(self, weights: Arrays, rows: list[mx.array]) -> tuple[Arrays, mx.array]:
@@ -101,8 +108,8 @@ class Loop:
         training = self.config.training
         apply, guard, said = guards.judge(loss, norm, state["guard"], training.guards)
         clip = self.hyper.gradient_clip
-        factor = mx.minimum(1.0, clip / (norm + 1e-6)) if clip else mx.array(1.0)
-        clipped = {name: g * factor for name, g in gradients.items()}
+        factor = mx.minimum(1.0, clip / (norm + 1e-6))
+        clipped = {name: g * factor for name, g in gradients.items()} if clip else gradients
         new, new_state = optim.apply(
             weights, clipped, state, rate, training.optimization, self.hyper, self.dtype
         )
@@ -139,14 +146,16 @@ class Loop:
                 gradients, loss = self._micro(self.weights, gradients, loss, rows)
             else:
                 gradients, loss = self._first(self.weights, rows)
-            mx.async_eval(gradients, loss)
+            self._launch(gradients, loss)
         total = self.hyper.iters
         factor = schedule.multiplier(self.config.training.scheduler, self.step, total)
         self.weights, self.state, arrays = self._apply(
             self.weights, self.state, gradients, loss, mx.array(factor)
         )
         del gradients
-        mx.async_eval(self.weights, self.state, arrays)
+        self._launch(self.weights, self.state, arrays)
+        # without compilation the model would hold on to the weights of before
+        self.model.update(tree_unflatten(list(self.weights.items())))
         self.step += 1
         self.tokens += self.update_tokens
         now = time.perf_counter()

@@ -12,6 +12,7 @@ from mlx import nn
 from mlx.utils import tree_map_with_path
 
 from pipeline.config import Model
+from trainer import chunked_loss
 
 Cache = list[tuple[mx.array, mx.array] | None]
 _INIT_STD = 0.02
@@ -143,7 +144,13 @@ class Llama(nn.Module):
     def __call__(
         self, tokens_BT: mx.array, *, eot: int | None = None, recompute: bool = False
     ) -> mx.array:
-        """Logits, shape (B, T, V).
+        """Logits, shape (B, T, V). Arguments: see hidden."""
+        return self.hidden(tokens_BT, eot=eot, recompute=recompute) @ self.head().T
+
+    def hidden(
+        self, tokens_BT: mx.array, *, eot: int | None = None, recompute: bool = False
+    ) -> mx.array:
+        """States behind the last norm, shape (B, T, D).
 
         Args:
             tokens_BT: Token ids.
@@ -155,7 +162,7 @@ class Llama(nn.Module):
         x = self._embed(tokens_BT)
         for layer in self.layers:
             x = _recomputed(layer, x, mask) if recompute else layer(x, None, mask)[0]
-        return self._head(x)
+        return self.norm(x)
 
     def step(self, tokens_BT: mx.array, cache: Cache) -> tuple[mx.array, Cache]:
         """Logits of tokens that follow the cached ones, and the cache behind them."""
@@ -164,16 +171,15 @@ class Llama(nn.Module):
         for layer, past in zip(self.layers, cache, strict=True):
             x, keep = layer(x, past)
             kept.append(keep)
-        return self._head(x), kept
+        return self.norm(x) @ self.head().T, kept
 
     def _embed(self, tokens_BT: mx.array) -> mx.array:
         return self.embed_tokens(tokens_BT).astype(self.norm.weight.dtype)
 
-    def _head(self, x: mx.array) -> mx.array:
-        x = self.norm(x)
-        if "lm_head" in self:
-            return self.lm_head(x)
-        return x @ self.embed_tokens.weight.astype(x.dtype).T
+    def head(self) -> mx.array:
+        """What the states are multiplied with, in the dtype of the layers."""
+        head = self.lm_head if "lm_head" in self else self.embed_tokens
+        return head.weight.astype(self.norm.weight.dtype)
 
 
 def document_mask(tokens_BT: mx.array, eot: int) -> mx.array:
@@ -242,6 +248,14 @@ def losses(
     if dtype == mx.float32:
         logits = logits.astype(mx.float32)
     return mx.fast.cross_entropy(logits, rows_BT1[:, 1:]).astype(mx.float32)
+
+
+def loss_sum_chunked(
+    model: Llama, rows_BT1: mx.array, *, eot: int | None = None, recompute: bool = False
+) -> mx.array:
+    """The sum of losses(), with the head computed some rows at a time."""
+    x = model.hidden(rows_BT1[:, :-1], eot=eot, recompute=recompute)
+    return chunked_loss.loss_sum(x, model.head(), rows_BT1[:, 1:])
 
 
 def as_dtype(weights: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
