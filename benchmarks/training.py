@@ -84,8 +84,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     if not args.compile:
         mx.disable_compile()
     loop = Loop(the_config(args, "adamw"), args.vocab, mx.float32)
-    found = mx.load(str(args.child / "ours.safetensors"))
-    loop.weights.update(found)
+    loop.weights.update(mx.load(str(args.child / "ours.safetensors")))
     windows, batch = np.load(args.child / "windows.npy"), args.batch
     losses, begin, cpu = [], 0.0, 0.0
     for number in range(_WARMUP + args.updates):
