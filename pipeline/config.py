@@ -26,6 +26,9 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class Preprocessing(Section):
     max_context_size: int = 2048  # T: tokens the model sees; windows are T + 1
+    # Attention stays inside its document. RoPE is relative, so this is also the same as positions
+    # that begin anew with every document. Off: docs/TRAINING.md has the measurement.
+    mask_documents: bool = False
 
 
 class Tokenizer(Section):
@@ -121,7 +124,9 @@ class Model(Section):
 
 class Hyperparameters(Section):
     iters: int = 10_000  # optimizer updates
-    batch_size: int = 8  # windows per micro-step
+    # Windows per micro-step. auto: as many as memory holds; gradient_accumulation_steps then counts
+    # windows, so that an update has that many, however they are split.
+    batch_size: int | Literal["auto"] = 8
     gradient_accumulation_steps: int = 8  # micro-steps per update
     learning_rate: float = 2e-2  # of the hidden matrices (Muon), or of everything (AdamW)
     weight_decay: float = 0.01  # decoupled
@@ -145,10 +150,19 @@ class Optimization(Section):
     eps: float = 1e-8  # AdamW
 
 
+class Guards(Section):
+    """What is done about updates that look wrong."""
+
+    max_skipped: int = 8  # skipped updates in a row that end the run
+    spike_sigmas: float = 6.0  # a loss this far above its running mean is a spike; logged
+    skip_spikes: bool = False  # and its update is left out
+
+
 class Training(Section):
     hyperparameters: Hyperparameters = Hyperparameters()
     scheduler: Scheduler = Scheduler()
     optimization: Optimization = Optimization()
+    guards: Guards = Guards()
 
 
 # ── logging, system ─────────────────────────────────────────────────────────────────────────
@@ -178,6 +192,10 @@ class System(Section):
     time_limit_s: float | None = None  # training ends with a checkpoint after this long
     device: Literal["auto", "cpu", "gpu"] = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs
+    # The head's logits are computed some rows at a time, and never kept. auto: in float32; in
+    # bfloat16 GPUs have a fused kernel, which needs the memory and is faster.
+    chunked_loss: Literal["auto", "always", "never"] = "auto"
+    activation_checkpointing: bool = False  # layers are computed again in the backward pass
     # auto: on GPUs. On the CPU MLX calls the C++ compiler for every fused kernel: 40 s at the
     # first start, for updates that are 15 % faster.
     compile: Literal["auto", "always", "never"] = "auto"
@@ -294,7 +312,7 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
     stream, hyper = config.data.stream, config.training.hyperparameters
     dims, heads = config.model.dimensions, config.model.attention
     schedule, log = config.training.scheduler, config.logging
-    validation = config.data.validation
+    validation, guards = config.data.validation, config.training.guards
     kv_heads = heads.num_kv_heads or heads.num_heads
     head_dim = heads.head_dim or dims.hidden_size // heads.num_heads
     seq_len = config.data.preprocessing.max_context_size
@@ -320,10 +338,14 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         "model.dimensions.num_layers": dims.num_layers,
         "model.attention.num_heads": heads.num_heads,
         "training.hyperparameters.iters": hyper.iters,
-        "training.hyperparameters.batch_size": hyper.batch_size,
+        "training.hyperparameters.batch_size": 1
+        if hyper.batch_size == "auto"
+        else hyper.batch_size,
         "training.hyperparameters.gradient_accumulation_steps": hyper.gradient_accumulation_steps,
         "training.hyperparameters.learning_rate": hyper.learning_rate,
         "training.optimization.ns_steps": config.training.optimization.ns_steps,
+        "training.guards.max_skipped": guards.max_skipped,
+        "training.guards.spike_sigmas": guards.spike_sigmas,
         "logging.steps.logging_interval": log.steps.logging_interval,
         "logging.steps.checkpoint_interval": log.steps.checkpoint_interval,
         "logging.steps.validation_interval": log.steps.validation_interval,

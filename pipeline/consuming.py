@@ -89,7 +89,8 @@ class Consuming:
                 total = size * (self.checkpoints_kept + 1)
                 return self.scheduler.on_checkpoint_bytes(total)
             case CursorWanted(request=request, positions=positions):
-                send(CursorIs(request, self.scheduler.cursor(positions, self.base)))
+                cursor = self.scheduler.cursor(positions, self.base)
+                send(CursorIs(request, cursor, self.scheduler.shards_at(cursor)))
             case CheckpointWanted():
                 self._check_size(message.size_bytes)
                 if self._full_since is None:

@@ -374,10 +374,11 @@ class CursorWanted(Message):
 
 
 class CursorIs(Message):
-    """Answer to CursorWanted."""
+    """Answer to CursorWanted; shards names the one that each lane stands in ('' at the end)."""
 
     request: int
     cursor: Cursor
+    shards: tuple[str, ...] = ()
 
 
 class CheckpointWanted(Message):

@@ -212,6 +212,12 @@ class Scheduler:
         """See Placing.cursor."""
         return self.placing.cursor(positions, base)
 
+    def shards_at(self, cursor: Cursor) -> tuple[str, ...]:
+        """Names of the shards that the lanes stand in; '' for a lane that has ended."""
+        plan = self.state.plan
+        turns = [plan.lanes.turn(lane, at.sequence) for lane, at in enumerate(cursor.lanes)]
+        return tuple("" if turn is None else plan.shards[turn.shard].name for turn in turns)
+
     def totals(self) -> Counts:
         """Totals over everything that has got a position, earlier generations included."""
         cursor = self.state.plan.cursor
