@@ -39,7 +39,11 @@ class Costs(msgspec.Struct, frozen=True):
 
 
 def of(
-    name: str, local_path: str | None, text_field: str, encoder: Encoder, encoding: str
+    name: str,
+    local_path: str | None,
+    text_field: str,
+    load: Callable[[], Encoder],
+    encoding: str,
 ) -> Costs:
     """The costs of shards like this one.
 
@@ -48,8 +52,8 @@ def of(
         local_path: The same shard on this disk, which is then measured itself; None: text of this
             Python's own library is written in that format, and measured.
         text_field: Where a record's text is.
-        encoder: Of the run.
-        encoding: How it is called.
+        load: Makes the run's encoder, if something has to be measured.
+        encoding: How that is called.
     """
     form = form_of(name)
     key = f"{form} {encoding} {_machine()}"
@@ -58,7 +62,7 @@ def of(
     with contextlib.suppress(OSError, msgspec.MsgspecError):  # none yet, or another version's
         known = msgspec.json.decode(path.read_bytes(), type=dict[str, Costs])
     if key not in known:
-        known[key] = measure(form, local_path, text_field, encoder)
+        known[key] = measure(form, local_path, text_field, load())
         user_cache.keep(path, msgspec.json.encode(known))
     return known[key]
 

@@ -172,8 +172,8 @@ class _Run:
         }
         self.source_options: dict[str, Any] = options
         tokenizer = self.config.data.tokenizer
-        encoder = encoding.load(tokenizer.name, tokenizer.vocab_size)  # its errors come first
-        self.eot, self.token_bytes = encoder.eot, encoder.dtype.itemsize
+        vocabulary = encoding.vocabulary(tokenizer.name, tokenizer.vocab_size)  # its errors first
+        self.eot, self.token_bytes = vocabulary.eot, vocabulary.dtype.itemsize
         self.shards = catalog.build(self.stream.shards, options)
         self.lanes = min(self.stream.lanes, len(self.shards))
         if not job.held_out:
@@ -186,8 +186,8 @@ class _Run:
             first.name,
             catalog.local_path(first.url),
             self.stream.text_field,
-            encoder,
-            f"{tokenizer.name}-{encoder.vocab_size}",
+            lambda: encoding.load(tokenizer.name, tokenizer.vocab_size),
+            f"{tokenizer.name}-{vocabulary.size}",
         )
         self.sizes = sizes.split(sizes.usable_cpus(), job.kind, self.stream, cost)
         self.reporter = Reporter(job, view, self.log, self.lanes, self.started)
