@@ -181,11 +181,8 @@ class _Run:
         self.identity = identity.identity(
             self.config, self.shards, self.lanes, held_out=job.held_out
         )
-        first = self.shards[0]
         cost = costs.of(
-            first.name,
-            catalog.local_path(first.url),
-            self.stream.text_field,
+            self.shards[0].name,
             lambda: encoding.load(tokenizer.name, tokenizer.vocab_size),
             f"{tokenizer.name}-{vocabulary.size}",
         )
