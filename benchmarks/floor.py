@@ -22,16 +22,16 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import msgspec  # noqa: E402
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import rapidgzip  # noqa: E402
-import zstandard  # noqa: E402
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import rapidgzip
+import zstandard
 
-from pipeline import encoding  # noqa: E402
-from pipeline.blocks import blocks  # noqa: E402
-from pipeline.config import Stream  # noqa: E402
+from pipeline import encoding
+from pipeline.blocks import blocks
+from pipeline.config import Stream
 
 _CHUNK_BYTES = 1 << 20
 _MIN_DOCUMENT_BYTES = 64  # as the program plans its blocks

@@ -119,17 +119,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def totals(samples: list[dict[str, Any]]) -> list[int]:
-    """PSS of all processes, in bytes, once tokens flow."""
-    return [sum(one["pss_bytes"].values()) for one in samples if one["tokens"]]
+    """PSS of all processes, in bytes, while tokens flow and every role is there."""
+    roles = set().union(*(one["pss_bytes"] for one in samples))
+    return [
+        sum(one["pss_bytes"].values())
+        for one in samples
+        if one["tokens"] and one["pss_bytes"].keys() == roles
+    ]
 
 
 def report(result: dict[str, Any]) -> None:
     """First, last, largest, and the growth between the second and the last tenth."""
     series = totals(result["samples"])
     tenth = max(1, len(series) // _TENTH)
-    early, late = statistics.median(series[tenth : 2 * tenth] or series), statistics.median(
-        series[-tenth:]
-    )  # fmt: skip
+    early = statistics.median(series[tenth : 2 * tenth] or series)
+    late = statistics.median(series[-tenth:])
     print(f"\n{result['machine']}\n")
     rows = [
         ["text", f"{result['text_bytes'] / 1e9:.2f} GB in {result['shards']} shards"],

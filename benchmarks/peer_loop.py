@@ -7,6 +7,7 @@ once, which is cheaper. jsonl.zst is read by zstandard and orjson, the fastest t
 """
 
 import itertools
+import pathlib
 
 import numpy as np
 import orjson
@@ -26,7 +27,7 @@ def texts(shards):
                 column = shard.read_row_group(group, columns=["text"])
                 yield from column["text"].to_pylist()
         else:
-            with open(path, "rb") as file:
+            with pathlib.Path(path).open("rb") as file:
                 raw = zstandard.ZstdDecompressor().stream_reader(file).read()
             yield from (orjson.loads(line)["text"] for line in raw.splitlines())
 

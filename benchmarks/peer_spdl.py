@@ -9,7 +9,9 @@ no reader for jsonl.zst.
 """
 
 import concurrent.futures
+import functools
 import multiprocessing
+import pathlib
 
 import orjson
 import peer_common
@@ -18,14 +20,12 @@ import pyarrow.parquet as pq
 import zstandard
 from spdl.pipeline import PipelineBuilder
 
-_ENCODING = None
 
-
-def start():
-    """Once a process."""
-    global _ENCODING
+@functools.cache
+def encoding():
+    """Made once a process."""
     pa.set_cpu_count(1)
-    _ENCODING = peer_common.gpt2()
+    return peer_common.gpt2()
 
 
 def tokens(piece):
@@ -33,11 +33,11 @@ def tokens(piece):
     path, group = piece
     if group is not None:
         column = pq.ParquetFile(path).read_row_group(group, columns=["text"], use_threads=False)
-        return peer_common.encode(_ENCODING, column["text"].to_pylist())
-    with open(path, "rb") as file:
+        return peer_common.encode(encoding(), column["text"].to_pylist())
+    with pathlib.Path(path).open("rb") as file:
         raw = zstandard.ZstdDecompressor().stream_reader(file).read()
     texts = (orjson.loads(line)["text"] for line in raw.splitlines())
-    return peer_common.encode(_ENCODING, texts)
+    return peer_common.encode(encoding(), texts)
 
 
 def pieces(shards):
@@ -49,9 +49,9 @@ def pieces(shards):
 
 
 def load(workers, shards):
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=start
-    ) as executor:
+    # spawn: children of a fork server would be missing from the account
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as executor:
         pipeline = (
             PipelineBuilder()
             .add_source(pieces(shards))

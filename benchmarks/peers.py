@@ -137,7 +137,15 @@ def report(result: dict[str, Any]) -> None:
     """The table, and what was reached of the goals."""
     print(f"\n{result['machine']}\n")
     rows = with_ratios(result)
-    header = "shards|contestant|workers|tokens/s|CPU s per M tokens|its floor|× ours".split("|")
+    header = [
+        "shards",
+        "contestant",
+        "workers",
+        "tokens/s",
+        "CPU s per M tokens",
+        "its floor",
+        "× ours",
+    ]
     print(
         measure.table(
             header,

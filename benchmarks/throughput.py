@@ -89,7 +89,16 @@ def report(result: dict[str, Any]) -> None:
     """The tables, and what was reached of the goals."""
     floors, runs = result["floors"], result["runs"]
     print(f"\n{result['machine']}\n")
-    header = "shards|from|CPUs|tokens/s|MB/s|CPU s per M tokens|limit / CPU|memory".split("|")
+    header = [
+        "shards",
+        "from",
+        "CPUs",
+        "tokens/s",
+        "MB/s",
+        "CPU s per M tokens",
+        "limit / CPU",
+        "memory",
+    ]
     rows = []
     for one in runs:
         share = floors[one["format"]]["limit"] / one["cpu_s_per_mtok"]
