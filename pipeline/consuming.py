@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import BudgetError, DiskError
 from pipeline.messages import (
+    BatchTaken,
     CheckpointFailed,
     CheckpointGranted,
     CheckpointWanted,
@@ -81,7 +82,7 @@ class Consuming:
             DiskFullError: the disk has been full for too long.
         """
         match message:
-            case Hello() | Working():
+            case Hello() | Working() | BatchTaken():
                 pass
             case ConsumerReady(checkpoint_bytes=size, facts=facts):
                 self.facts = facts

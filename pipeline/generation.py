@@ -72,6 +72,8 @@ class Hooks:
     stop_requested: Callable[[], int]  # 0: no, 1: cleanly, 2 and more: now
     checkpoint: Callable[[CheckpointWritten], None]
     evict: Callable[[int], None]  # delete a shard's files
+    heard: Callable[[str], None]  # a message of this kind has come
+    reaped: Callable[[str, float], None]  # (role, CPU seconds) of a process that has ended
 
 
 class Generation:
@@ -189,6 +191,7 @@ class Generation:
         if child.process.stderr in self._selector.get_map():
             self._selector.unregister(child.process.stderr)
         child.close()
+        self.hooks.reaped(child.role, child.cpu_s)
         del self.children[child.name]
 
     def _end(self) -> None:
@@ -306,6 +309,7 @@ class Generation:
     def _handle(self, child: spawn.Child, message: Message) -> None:
         point = type(message).__name__
         faultpoint(f"received:{point}")
+        self.hooks.heard(point)
         match message:
             case Log(level=level, event=event, fields=fields):
                 self.hooks.event(level, event, who=child.name, **fields)

@@ -11,7 +11,8 @@ Runs in: every process. Pure.
     supervisor → consumer       WriterSetup or TrainerSetup · SlotPublished · LaneEnded
                                 · CursorIs · CheckpointGranted · Stop
     consumer → supervisor       ConsumerReady · SlotReleased · CursorWanted · CheckpointWanted
-                                · CheckpointFailed · CheckpointWritten · StepDone · ConsumerDone
+                                · CheckpointFailed · CheckpointWritten · BatchTaken · StepDone
+                                · ConsumerDone
     any worker → supervisor     Hello · Working · Log · Failed
 
 The consumer is the trainer or the file writer. A worker never talks to another worker.
@@ -411,6 +412,10 @@ class CheckpointWritten(Message):
     path: str
     size_bytes: int
     cursor: Cursor
+
+
+class BatchTaken(Message):
+    """The trainer has its first batch: the start is over."""
 
 
 class StepDone(Message):

@@ -34,6 +34,18 @@ _VERDICTS = {
 }
 
 
+# The first message of each kind marks a point of the way to the first batch.
+_LAST = "first_batch"
+_MILESTONES = {
+    "Hello": "first_worker_up",
+    "ShardFetched": "first_shard_fetched",
+    "BlockFilled": "first_block_read",
+    "Encoded": "first_block_encoded",
+    "ConsumerReady": "consumer_ready",
+    "BatchTaken": _LAST,
+}
+
+
 class _Rate:
     """Increase per second of a running total, over the last few seconds."""
 
@@ -66,6 +78,8 @@ class Reporter:
         self.peak_disk_bytes = 0
         self.peak_rss_bytes = 0
         self.metrics: dict[str, Any] = {}
+        self.startup_s = {"shards_listed": self._elapsed_s()}  # milestones up to the first batch
+        self._cpu_s: dict[str, float] = {}
         self.trackers: Sequence[Tracker] = ()
         self.other_bytes = 0  # of the validation tokens' folder
         self._picture: Status | None = None  # a quarter of a second old at most
@@ -100,6 +114,23 @@ class Reporter:
         self.log.event(level, event, **fields)
         self.view.event(level, event, **fields)
         self.disk()
+
+    def _elapsed_s(self) -> float:
+        return round(time.monotonic() - self.started, 3)
+
+    def heard(self, kind: str) -> None:
+        """A message of this kind has come; the first of some kinds are milestones."""
+        name = _MILESTONES.get(kind)
+        if name is not None and name not in self.startup_s and _LAST not in self.startup_s:
+            self.startup_s[name] = self._elapsed_s()
+
+    def reaped(self, role: str, cpu_s: float) -> None:
+        """A process has ended."""
+        self._cpu_s[role] = self._cpu_s.get(role, 0.0) + cpu_s
+
+    def cpu_s_by_role(self) -> dict[str, float]:
+        """CPU seconds of the processes that have ended, by what they were."""
+        return {role: round(cpu_s, 3) for role, cpu_s in sorted(self._cpu_s.items())}
 
     def step(self, metrics: dict[str, Any]) -> None:
         """The consumer's metrics of one update."""

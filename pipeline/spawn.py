@@ -11,6 +11,7 @@ is seen as EOF at once. It is its own process group: Ctrl-C reaches the supervis
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ class Child:
     heard: float  # when it last said something, or began to have something to do
     ready: bool = False  # has said Hello
     killed_for: str | None = None  # why the supervisor has killed it
+    cpu_s: float = 0.0  # that it has used, once it has been waited for
 
     @property
     def pid(self) -> int:
@@ -58,11 +60,13 @@ class Child:
 
     def wait(self) -> str:
         """Wait for a process whose socket is closed; one that lingers is killed."""
+        before = _children_cpu_s()
         try:
             code = self.process.wait(_WAIT_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
+        self.cpu_s += _children_cpu_s() - before  # nobody else is waited for meanwhile
         why = f": {self.killed_for}" if self.killed_for else ""
         return (f"signal {-code}" if code < 0 else f"exit code {code}") + why
 
@@ -71,6 +75,12 @@ class Child:
         self.channel.close()
         if self.process.stderr is not None:
             self.process.stderr.close()
+
+
+def _children_cpu_s() -> float:
+    """CPU seconds of all processes that have been waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def start(

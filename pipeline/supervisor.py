@@ -406,6 +406,8 @@ class _Run:
             stop_requested=lambda: self.stops.count,
             checkpoint=self._checkpoint_written,
             evict=lambda shard: evict_files(self.cache_dir, keys[shard]),
+            heard=self.reporter.heard,
+            reaped=self.reporter.reaped,
         )
 
     def _tick(self) -> None:
@@ -448,6 +450,7 @@ class _Run:
         usage = [
             resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         ]
+        own = usage[0].ru_utime + usage[0].ru_stime
         state = generation.scheduler.state
         summary = {
             **done.summary,
@@ -459,6 +462,8 @@ class _Run:
             "restarts": self.reporter.restarts,
             "wall_s": round(time.monotonic() - self.started, 3),
             "cpu_s": round(sum(one.ru_utime + one.ru_stime for one in usage), 3),
+            "cpu_s_by_stage": {"supervisor": round(own, 3), **self.reporter.cpu_s_by_role()},
+            "startup_s": self.reporter.startup_s,
             "peak_disk_bytes": self.reporter.peak_disk_bytes,
             "peak_rss_bytes": self.reporter.peak_rss_bytes,
         }

@@ -51,6 +51,7 @@ class Loop:
         assert self.hyper.batch_size != "auto", "trainer/sizing.py settles it"
         self.batch_windows = self.hyper.batch_size
         self.eot = eot if config.data.preprocessing.mask_documents else None
+        self.vocab_size = vocab_size
         self.model = Llama(config.model, vocab_size)
         mx.random.seed(config.system.seed)
         llama.initialize(self.model, config.model)

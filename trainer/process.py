@@ -7,6 +7,7 @@ supervisor's to write.
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from pipeline import checkpoints, encoding
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
 from pipeline.config import Config, from_plain
+from pipeline.encoding import Encoder
 from pipeline.errors import is_disk_full
 from pipeline.faults import faultpoint
 from pipeline.messages import (
+    BatchTaken,
     CheckpointFailed,
     CheckpointWritten,
     ConsumerDone,
@@ -72,10 +75,10 @@ class _Training:
         self.run_dir = Path(setup.run_dir)
         self.gpu = self._choose_device()
         tokenizer = self.config.data.tokenizer
-        self.encoder = encoding.load(tokenizer.name, tokenizer.vocab_size)
+        vocabulary = encoding.vocabulary(tokenizer.name, tokenizer.vocab_size)
         wanted = self.config.system.compute_dtype
         half = wanted == "bfloat16" or (wanted == "auto" and self.gpu)
-        model = self.encoder.vocab_size, mx.bfloat16 if half else mx.float32, self.encoder.eot
+        model = vocabulary.size, mx.bfloat16 if half else mx.float32, vocabulary.eot
         self.config = sizing.settle(self.config, *model, setup.checkpoint)
         self.loop = Loop(self.config, *model)
         checkpoint.clean(self.run_dir)
@@ -89,6 +92,7 @@ class _Training:
         self.validation = self._validation(setup, T)
         self.scored = (-1, 0.0)  # step of the newest validation, and its loss
         self.last: dict[str, Any] = {}  # metrics of the newest update
+        self.begun = False  # it has had a batch
         self.committed = list(setup.positions)  # consumed by whole updates
         self.saved_step = self.loop.step if setup.checkpoint is not None else -1
         self.flops = self._flops_per_token(T)
@@ -96,6 +100,12 @@ class _Training:
         self.channel.send(
             ConsumerReady(checkpoint.largest_bytes(self.loop), self._facts(library, half))
         )
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Made when text is, so that the first batch does not wait for it."""
+        tokenizer = self.config.data.tokenizer
+        return encoding.load(tokenizer.name, tokenizer.vocab_size)
 
     # ── what it runs on ─────────────────────────────────────────────────────────────────────
 
@@ -125,18 +135,18 @@ class _Training:
     def _flops_per_token(self, T: int) -> int:
         from trainer import model
 
-        return model.flops_per_token(self.config.model, self.encoder.vocab_size, T)
+        return model.flops_per_token(self.config.model, self.loop.vocab_size, T)
 
     def _facts(self, library: str, half: bool) -> dict[str, Any]:
         from trainer import model
 
-        count = model.num_parameters(self.config.model, self.encoder.vocab_size)
+        count = model.num_parameters(self.config.model, self.loop.vocab_size)
         facts = {
             "device": self._device_name(),
             "dtype": "bfloat16" if half else "float32",
             "parameters": count,
             "parameters_text": f"{count / 1e6:.1f} M",
-            "vocab_size": self.encoder.vocab_size,
+            "vocab_size": self.loop.vocab_size,
             "tokens_per_update": self.loop.update_tokens,
             "batch_windows": self.loop.batch_windows,
             "first_step": self.loop.step + 1,
@@ -233,6 +243,9 @@ class _Training:
             rows.append(self.mx.array(window))  # copies: the slot may go
 
         whole = self.feed.take(self.loop.batch_windows, upload)
+        if whole and not self.begun:
+            self.begun = True
+            self.channel.send(BatchTaken())
         return rows if whole else None
 
     def _batch_facts(self) -> dict[str, Any]:
