@@ -47,6 +47,8 @@ HEADER_BYTES = 256 * 4
 _FORMATS = {2: (20240520, 1), 4: (20240801, 7)}
 _HASH_BYTES = 1 << 22
 _REPORT_S = 0.5
+_POLL_S = 0.02  # between looks at the socket while there is enough to write
+_TOGETHER_TOKENS = 1 << 18
 
 
 class WriterState(msgspec.Struct, frozen=True):
@@ -183,6 +185,47 @@ class TokenFiles:
         faultpoint("writer:after_close")
 
 
+class Documents:
+    """Tokens on their way to the files, and how many documents begin among them. A call costs the
+    same for few tokens as for many, so small pieces go together.
+
+    Args:
+        files: Where the tokens go.
+        eot: The end-of-text token, which begins a document.
+        count: Documents of earlier runs.
+    """
+
+    def __init__(self, files: TokenFiles, eot: int, count: int, dtype: np.dtype) -> None:
+        self._files, self._eot, self.count = files, eot, count
+        self._pieces = np.empty(_TOGETHER_TOKENS, dtype)
+        self._used = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens taken, earlier runs' included."""
+        return self._files.tokens + self._used
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Take tokens, shape (n,); they are copied or written before this returns."""
+        if self._used + len(tokens) > len(self._pieces):
+            self.flush()
+        if len(tokens) > len(self._pieces) // 2:
+            self.flush()
+            self._write(tokens)
+        else:
+            self._pieces[self._used : self._used + len(tokens)] = tokens
+            self._used += len(tokens)
+
+    def flush(self) -> None:
+        """Write what has been taken."""
+        used, self._used = self._used, 0
+        self._write(self._pieces[:used])
+
+    def _write(self, tokens: np.ndarray) -> None:
+        self._files.write(tokens)
+        self.count += int(np.count_nonzero(tokens == self._eot))
+
+
 class Reader:
     """Tokens of all lanes in the trainer's order, as views of the ring.
 
@@ -288,36 +331,40 @@ def main(channel: Channel, descriptors: Descriptors) -> None:
     )
     chunk = setup.ring.slot_tokens if setup.ring.lanes == 1 else setup.seq_len
     reader = Reader(channel, tokens, setup.positions, chunk)
-    documents = earlier.documents if earlier else 0
+    documents = Documents(files, setup.eot, earlier.documents if earlier else 0, tokens.dtype)
     channel.send(ConsumerReady(checkpoint_bytes=0, facts={"files": str(out_dir)}))
 
     def save(complete: bool) -> None:
+        documents.flush()
+        if complete:
+            files.close()
         files.sync()
         faultpoint("writer:after_sync")
-        _save(out_dir, WriterState(reader.cursor(), files.tokens, documents, complete))
+        _save(out_dir, WriterState(reader.cursor(), files.tokens, documents.count, complete))
 
-    saved = reported = monotonic()
+    saved = reported = polled = monotonic()
     left = sys.maxsize if setup.limit_tokens is None else setup.limit_tokens - files.tokens
     for view in reader.chunks() if left > 0 else ():
         wanted = view[:left]
         left -= len(wanted)
         reader.give_back(len(view) - len(wanted))
-        files.write(wanted)
-        documents += int(np.count_nonzero(wanted == setup.eot))
+        documents.add(wanted)
         faultpoint("writer:after_write")
-        reader.poll()
         now = monotonic()
+        if now - polled >= _POLL_S:
+            polled = now
+            reader.poll()
         if now - reported >= _REPORT_S:
             reported = now
-            channel.send(StepDone({"total_tokens": files.tokens, "documents": documents}))
+            total, count = documents.tokens, documents.count
+            channel.send(StepDone({"total_tokens": total, "documents": count}))
         if now - saved >= setup.checkpoint_s:
             saved = now
             save(False)
         if left <= 0:
             break
     complete = reader.stop is None
-    if complete:
-        files.close()
     save(complete)
-    summary = {"tokens": files.tokens, "documents": documents, "sha256": files.sha256.hexdigest()}
+    digest = files.sha256.hexdigest()
+    summary = {"tokens": files.tokens, "documents": documents.count, "sha256": digest}
     channel.send(ConsumerDone(complete, summary))
