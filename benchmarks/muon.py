@@ -3,25 +3,25 @@
     python -m benchmarks.muon [--data FILE|FOLDER] [--updates N] [--seeds 1 2 3] [--device gpu]
 
 Both are tuned first, over the same number of runs on a seed of its own. Then AdamW trains for all
-updates, and Muon for a half to all of them, each length with its whole schedule (a run that is
+updates, and Muon for an eighth to all of them, each length with its whole schedule (a run that is
 merely cut off has not had its decay); where Muon's final loss over the length crosses AdamW's,
-interpolated per seed, are the tokens that Muon needs. Everything else is the same: model, first
-weights, windows and their order, batch, warm-up, schedule, clipping, weight decay.
+interpolated per seed, are the tokens that Muon needs. Outside of the lengths nothing is guessed.
+Everything else is the same: model, first weights, windows and their order, batch, warm-up,
+schedule, clipping, weight decay.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.trial import Result, Setting, Size, Trials, load
 
 _TUNING_SEED = 100
-_LENGTHS = (0.5, 0.65, 0.8, 1.0)  # of AdamW's updates
+_LENGTHS = (0.125, 0.25, 0.375, 0.5, 0.65, 0.8, 1.0)  # of AdamW's updates
 _RATE = "training.hyperparameters.learning_rate"
 _ADAMW_RATE = "training.optimization.adamw_learning_rate"
 _OPTIMIZER = "training.optimization.optimizer"
@@ -46,12 +46,13 @@ def tune(trials: Trials, updates: int) -> dict[str, list[Result]]:
     }
 
 
-def crossing(lengths: list[int], finals: list[float], goal: float) -> float:
-    """The length at which the final loss is goal: linear between lengths, beyond the shortest and
-    the longest along the nearest two."""
-    x, y = np.array(lengths, float), np.array(finals)
-    k = int(np.clip(np.searchsorted(-y, -goal), 1, len(y) - 1))
-    return float(x[k - 1] + (goal - y[k - 1]) * (x[k] - x[k - 1]) / (y[k] - y[k - 1]))
+def crossing(lengths: list[int], finals: list[float], goal: float) -> float | None:
+    """The first length at which the final loss is goal, linear between lengths; None if it lies
+    before the shortest or behind the longest."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(zip(lengths, finals, strict=True)):
+        if y0 > goal >= y1:
+            return x0 + (goal - y0) * (x1 - x0) / (y1 - y0)
+    return None
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--results", type=Path, default=Path("muon.jsonl"), help="goes on from it")
-    parser.add_argument("--plot", type=Path, help="PNG or SVG; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="PNG or SVG; needs matplotlib, extra bench")
     parser.add_argument("--budget-s", type=float, default=900.0, help="the most one run may take")
     for field, default in (("hidden", 96), ("layers", 4), ("context", 128), ("vocab", 1024)):
         parser.add_argument(f"--{field}", type=int, default=default)
@@ -101,13 +102,17 @@ def report(
     shares = []
     for one, several in zip(adamw, muon, strict=True):
         need = crossing([r.tokens[-1] for r in several], [r.final for r in several], one.final)
+        start = f"| {one.setting.seed} | {one.final:.4f} | {several[-1].final:.4f} |"
+        if need is None:
+            early = several[0].final <= one.final
+            limit = several[0 if early else -1].tokens[-1]
+            print(f"{start} {'fewer' if early else 'more'} than {limit:,} | – |")
+            continue
         shares.append(need / one.tokens[-1])
-        print(
-            f"| {one.setting.seed} | {one.final:.4f} | {several[-1].final:.4f} | {need:,.0f} of "
-            f"{one.tokens[-1]:,} | {shares[-1]:.2f} |"
-        )
-    spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
-    print(f"\nMuon needs {statistics.mean(shares):.2f} ± {spread:.2f} of AdamW's tokens.")
+        print(f"{start} {need:,.0f} of {one.tokens[-1]:,} | {shares[-1]:.2f} |")
+    if len(shares) == len(adamw):
+        spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
+        print(f"\nMuon needs {statistics.mean(shares):.2f} ± {spread:.2f} of AdamW's tokens.")
 
 
 def plot(path: Path, adamw: list[Result], muon: list[list[Result]]) -> None:
@@ -122,8 +127,10 @@ def plot(path: Path, adamw: list[Result], muon: list[list[Result]]) -> None:
         label = "AdamW" if number == 0 else None
         axes.plot(one.tokens, one.losses, color="tab:orange", label=label)
     for number, several in enumerate(muon):
-        for one, alpha in zip(several, (0.35, 0.5, 0.7, 1.0), strict=True):
-            label = "Muon, whole schedule at each length" if number == 0 and alpha == 1 else None
+        for one in several:
+            whole = one is several[-1]
+            label = "Muon, whole schedule at each length" if number == 0 and whole else None
+            alpha = 1.0 if whole else 0.45
             axes.plot(one.tokens, one.losses, color="tab:blue", alpha=alpha, label=label)
     axes.set(xlabel="tokens", ylabel="held-out loss, nats per token", xscale="log")
     axes.axhline(statistics.mean(one.final for one in adamw), color="tab:orange", ls=":")

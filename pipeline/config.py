@@ -27,7 +27,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Preprocessing(Section):
     max_context_size: int = 2048  # T: tokens the model sees; windows are T + 1
     # Attention stays inside its document. RoPE is relative, so this is also the same as positions
-    # that begin anew with every document. Off: docs/TRAINING.md has the measurement.
+    # that begin anew with every document. Off: docs/TRAINING.md says why.
     mask_documents: bool = False
 
 
