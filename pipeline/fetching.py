@@ -369,10 +369,10 @@ class Fetching:
         if message.disk_full:
             file.not_before = state.now + state.plan.disk_full_retry_s
             state.note("disk_full", level="warning", what=message.what, remedy=message.remedy)
-            if not file.users:
-                self.drop(file)
-            return
-        self.give_up(file, SourceError(message.what, message.remedy))
+        else:
+            self.give_up(file, SourceError(message.what, message.remedy))
+        if not file.users:
+            self.drop(file)
 
     def _finish(self, worker: Worker) -> File:
         file = worker.file
@@ -427,7 +427,9 @@ class Fetching:
     def skip_rest(self, run: Run, error: SourceError | ShardError) -> None:
         """Leave out the rest of one run's shard if the run allows it, or end with the error."""
         state = self.state
-        if state.bad_shards >= state.plan.max_bad_shards:
+        begin = state.lanes[run.lane].begin
+        consumed = begin.token and (begin.sequence, begin.block) == (run.sequence, run.next_block)
+        if consumed or state.bad_shards >= state.plan.max_bad_shards:
             allowed = state.plan.max_bad_shards
             error.remedy += f" (--max-bad-shards is {allowed})" if allowed else ""
             state.fail(error)

@@ -257,7 +257,9 @@ class Filling:
     def skip_block(self, block: Block, error: ShardError) -> None:
         """Leave out one block if the run allows it and nobody knows its tokens yet, or end."""
         state = self.state
-        if block.count is not None or state.bad_shards >= state.plan.max_bad_shards:
+        begin, place = state.lanes[block.run.lane].begin, (block.run.sequence, block.number)
+        consumed = begin.token and (begin.sequence, begin.block) == place
+        if block.count is not None or consumed or state.bad_shards >= state.plan.max_bad_shards:
             state.fail(error)
             return
         state.bad_shards += 1

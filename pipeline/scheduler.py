@@ -155,7 +155,7 @@ class Scheduler:
         state = self.state
         state.now = now
         worker = state.workers[name]
-        deaths = worker.deaths + 1
+        deaths = worker.deaths + (not worker.killed)
         if worker.work:
             worker.work = 1
             state.answered(worker)  # ends its busy time
@@ -168,7 +168,7 @@ class Scheduler:
                 self.placing.died(worker)
         state.note("worker_died", level="warning", who=name, how=how)
         wanted, worker.killed = worker.killed, False
-        worker.deaths = 0 if wanted else deaths
+        worker.deaths = deaths
         worker.ready, worker.heard = False, math.inf  # its start is timed from the next look on
         worker.restarts += 1
         if worker.deaths > state.plan.max_restarts:

@@ -172,7 +172,7 @@ FOUND = (
     Mutant("a block that kills when it is placed is tried for ever", Placing, "died",
            "placing.place_kills += 1", "pass"),
     Mutant("a worker's deaths in a row are forgotten", Scheduler, "on_death",
-           "deaths = worker.deaths + 1", "deaths = 1"),
+           "deaths = worker.deaths + (not worker.killed)", "deaths = 1"),
     Mutant("an endless lane without text is read for ever", Placing, "_look_for_tokens",
            "if plan.lanes.endless and", "if False and"),
 )  # fmt: skip

@@ -69,7 +69,8 @@ def work_conserving(gen: Generation) -> None:
                 continue
             what = f"shard {run.shard}, {depth} ahead in lane {lane.index}, is to be"
             if not run.attached:
-                if depth == 0 and gen.sim.world.shards[run.shard].listed is not None:
+                doomed = file.worker is not None and state.workers[file.worker].killed
+                if depth == 0 and not doomed and gen.sim.world.shards[run.shard].listed is not None:
                     raise Violation(f"{what} read now, and gets no bytes")
             elif file.state is FileState.ABSENT:
                 if file.not_before <= state.now:
@@ -207,6 +208,9 @@ def complete(gen: Generation) -> None:
 def skip(gen: Generation, one: Skip) -> None:
     """What is left out may be, for a reason, and was not given away before."""
     stream = gen.sim.streams[one.lane]
+    begin = gen.base.lanes[one.lane]
+    if (one.sequence, one.block) < (begin.sequence, begin.block + (begin.token > 0)):
+        raise Violation(f"{one} leaves out what was consumed: the cursor is {begin}")
     if stream.at > (one.sequence, one.block):
         raise Violation(f"{one} leaves out what was read: the stream is at {stream.at}")
     if len(gen.scheduler.state.skips) > gen.scheduler.state.plan.max_bad_shards:
@@ -241,6 +245,7 @@ def _has_cause(gen: Generation, error: FinewebError) -> bool:
         case SourceError() | ShardError():
             named = re.search(r"shard-(\d+)", error.what)
             full = len(gen.scheduler.state.skips) >= gen.scheduler.state.plan.max_bad_shards
+            full |= any(at.token > 0 for at in gen.base.lanes)  # of a block half consumed
             known = "tokenizers" in error.what  # its tokens may be in the ring already
             return named is not None and (full or known) and sim.blame[int(named[1])] >= 3
         case _:

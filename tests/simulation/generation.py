@@ -74,7 +74,7 @@ class Generation:
 
     def __init__(self, sim: Simulation, cursor: Cursor, checkpoint_bytes: int | None) -> None:
         self.sim, self.base = sim, cursor
-        self.known, self.found = checkpoint_bytes, dict(sim.disk.whole)
+        self.known, self.found = checkpoint_bytes, {**sim.disk.partial, **sim.disk.whole}
         self.scheduler = Scheduler(sim.plan(cursor), checkpoint_bytes)
         self.children: dict[str, Process] = {}
         self.order: list[Process] = []

@@ -115,7 +115,8 @@ class Simulation:
             return 0
         if not self.durable:
             return None
-        return max(0, self.world.checkpoints - self.world.understated) or None
+        there = self.world.checkpoint_bytes * len(self.durable) + self.unfinished_checkpoint
+        return max(there, self.world.checkpoints - self.world.understated) or None
 
     def _cure(self) -> None:
         """Somebody has read the error and does what it says: all the world's causes go."""
