@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ _ONE_THREAD = {
     "MKL_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "2",
 }
+_SUPERVISORS_OWN = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TEXT_ROLES = frozenset({"decompressor", "tokenizer"})
 _RING_ROLES = frozenset({"tokenizer", "writer", "trainer"})
 
@@ -96,6 +98,8 @@ def start(
     ring = ring_fd if role in _RING_ROLES else -1
     environment = os.environ | ({} if role == "trainer" else _ONE_THREAD)
     command = [sys.executable, "-m", "pipeline.child", role, str(theirs.fileno())]
+    # Inherited: nobody but the supervisor ends a child, also before it can say so itself.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SUPERVISORS_OWN)
     try:
         process = subprocess.Popen(
             [*command, str(text), str(ring)],
@@ -110,6 +114,7 @@ def start(
         ours.close()
         raise
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
     assert process.stderr is not None
     os.set_blocking(process.stderr.fileno(), False)

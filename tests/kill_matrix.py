@@ -217,16 +217,18 @@ def batches(cover: dict[Point, Scenario], count: int) -> Iterator[tuple[Scenario
     """The kills of one round, in runs of several where they do not get in each other's way.
 
     Three deaths at one block end a run, so a run takes two of a role; the supervisor's death, and
-    one behind a role's last message, are runs of their own.
+    one behind a role's last message, are runs of their own. The consumer's death ends a generation,
+    and a worker that dies at that moment is not counted: they do not share a run.
     """
-    waiting: dict[str, list[Kill]] = {}
+    waiting: dict[tuple[str, bool], list[Kill]] = {}
     for point, scenario in cover.items():
         kill = Kill(point, count)
         if point.role == SUPERVISOR or point.name in _LAST or scenario.codes or scenario.own_deaths:
             yield scenario, [kill]
         else:
-            waiting.setdefault(scenario.name, []).append(kill)
-    for name, kills in waiting.items():
+            consumer = point.role in ("writer", "trainer")
+            waiting.setdefault((scenario.name, consumer), []).append(kill)
+    for (name, _), kills in waiting.items():
         while kills:
             taken: Counter[str] = Counter()
             batch = []

@@ -165,7 +165,7 @@ def test_a_cache_folder_that_turns_read_only_ends_the_run_and_it_resumes(
     tmp_path: Path, shards: list[Path], expected: str
 ) -> None:
     folder = tmp_path / "cache"
-    with http_server(shards[0].parent, Behaviour(bytes_per_s=60_000)) as url:
+    with http_server(shards[0].parent, Behaviour(bytes_per_s=150_000)) as url:
         one = job(tmp_path, [f"{url}/{path.name}" for path in shards], fetchers=1, prefetch=0)
         process = start(tmp_path, one)
         for _ in wait_for_event(process, "shard_fetched"):
@@ -203,7 +203,7 @@ def _read_only(folder: Path) -> Iterator[None]:
 def test_the_whole_folder_gone_is_a_clear_error(
     tmp_path: Path, shards: list[Path], expected: str
 ) -> None:
-    with http_server(shards[0].parent, Behaviour(bytes_per_s=60_000)) as url:
+    with http_server(shards[0].parent, Behaviour(bytes_per_s=150_000)) as url:
         one = job(tmp_path, [f"{url}/{path.name}" for path in shards], fetchers=1, prefetch=0)
         process = start(tmp_path, one)
         for _ in wait_for_event(process, "shard_fetched"):

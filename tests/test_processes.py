@@ -55,7 +55,7 @@ def slow_run(
     folder: Path, shards: list[Path], **changes: object
 ) -> Iterator[subprocess.Popen[str]]:
     """A run that lasts some seconds, because its server does; it is killed if the test forgets."""
-    with http_server(shards[0].parent, Behaviour(bytes_per_s=60_000)) as url:
+    with http_server(shards[0].parent, Behaviour(bytes_per_s=150_000)) as url:
         urls = [f"{url}/{path.name}" for path in shards]
         process = start(folder, job(folder, urls, fetchers=1, **changes))
         try:
@@ -302,7 +302,8 @@ def test_a_terminal_that_is_closed_or_interrupts_stops_the_run_cleanly(
 def test_sigterm_to_every_process_is_a_clean_stop(
     tmp_path: Path, shards: list[Path], expected: str
 ) -> None:
-    """As systemd and Slurm do it: workers leave the decision to their supervisor."""
+    """As systemd and Slurm do it: workers leave the decision to their supervisor, also those that
+    have only just been started."""
     with slow_run(tmp_path, shards) as process:
         for one in [*descendants(process.pid), psutil.Process(process.pid)]:
             one.terminate()
