@@ -52,7 +52,7 @@ def write(folder: Path, texts: list[str], num_shards: int, form: str) -> list[Pa
     """The documents as shards of one format; a folder that is there already is taken as it is."""
     target = folder / form
     if target.exists():
-        return sorted(target.iterdir())
+        return sorted(target.glob(f"*.{form}"))
     partial = folder / f"{form}.partial"
     partial.mkdir(parents=True)
     per = -(-len(texts) // num_shards)
@@ -60,7 +60,7 @@ def write(folder: Path, texts: list[str], num_shards: int, form: str) -> list[Pa
         part = texts[number * per : (number + 1) * per]
         (partial / f"shard-{number:05d}.{form}").write_bytes(_WRITERS[form](part))
     partial.rename(target)
-    return sorted(target.iterdir())
+    return sorted(target.glob(f"*.{form}"))
 
 
 def _records(texts: list[str]) -> Iterator[dict[str, object]]:

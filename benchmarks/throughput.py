@@ -1,118 +1,158 @@
-"""Tokens per second and CPU seconds per million tokens: ours by format and number of tokenizers,
-and the design that it replaces, on the same shards in the same run.
+"""Tokens per second, CPU seconds per million tokens, and how close that is to the bare libraries.
 
     python -m benchmarks.throughput [--docs FOLDER] [--megabytes N] [--rounds R]
 
-Costs are marginal: a large run minus a small one, so that start-up and imports cancel. Contestants
-alternate; medians over the rounds are printed, with each ratio to WebDataset's.
+`fineweb-pipeline tokenize --json`, as a user runs it, by format, from files and over HTTP (the
+server is a process of its own whose CPU is not counted), with 1 … all CPUs: N tokenizers are
+pinned to N CPUs, with everything that the run starts. Beside it the limit: the sum of the bare
+library calls that nobody can avoid, timed on one core in the same round (benchmarks/floor.py).
+
+Costs are marginal: a large run minus a small one on other text, so that start-up and imports
+cancel. All contestants take turns; medians over the rounds are printed. The picture is
+benchmarks/pictures/throughput.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-from importlib import metadata
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import corpus
+from benchmarks import corpus, measure, pictures
+from benchmarks.measure import Costs, Sets
+from pipeline import demo
 
-ROOT = Path(__file__).parent.parent
-PEERS = ROOT / "benchmarks" / ".peers-venv"
-
-
-def ours(shards: list[Path], workers: int) -> dict[str, Any]:
-    """`fineweb-pipeline tokenize --json` as a user runs it."""
-    with tempfile.TemporaryDirectory() as out:
-        command = [Path(sys.executable).parent / "fineweb-pipeline", "tokenize", "--json"]
-        command += ["--plain", "--out", out, "--workers", str(workers)]
-        for shard in shards:
-            command += ["--shards", str(shard)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+Key = tuple[str, str, int]  # format, from where, tokenizers
+_GOAL_LIMIT = 0.85
+_GOAL_TWO = 1.85
 
 
-def webdataset(shards: list[Path], workers: int) -> dict[str, Any]:
-    """WebDataset + DataLoader + tiktoken in its own environment."""
-    command = [PEERS / "bin" / "python", ROOT / "benchmarks" / "peer_webdataset.py", str(workers)]
-    done = subprocess.run(
-        [*command, *map(str, shards)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+def contestants(formats: list[str]) -> list[Key]:
+    """Files with every number of tokenizers, HTTP with the most."""
+    counts = measure.worker_counts()
+    return [(form, "files", count) for form in formats for count in counts] + [
+        (form, "HTTP", counts[-1]) for form in formats
+    ]
+
+
+def one_round(keys: list[Key], sets: Sets, urls: dict[tuple[str, str], str]) -> dict[Key, Costs]:
+    """Every contestant once.
+
+    Raises:
+        AssertionError: the ids of a large run differ between contestants.
+    """
+    costs: dict[Key, Costs] = {}
+    hashes: set[str] = set()
+    for key in keys:
+        form, source, workers = key
+        runs = {}
+        for size in ("small", "large"):
+            paths: list[Any] = list(sets[form, size])
+            if source == "HTTP":
+                paths = [f"{urls[form, size]}/{path.name}" for path in paths]
+            with measure.pinned(workers):
+                runs[size] = measure.tokenize(paths, workers)
+        hashes.add(runs["large"]["sha256"])
+        costs[key] = measure.marginal(runs["large"], runs["small"])
+    assert len(hashes) == 1, f"ids differ: {hashes}"
+    return costs
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All rounds; the medians by contestant and the floors by format."""
+    keys, found, floors = contestants(args.formats), {}, {}
+    for number in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            sets = measure.shard_sets(Path(folder), args.docs, args.megabytes, number, args.formats)
+            urls = {
+                key: stack.enter_context(demo.served(paths[0].parent))[0]
+                for key, paths in sets.items()
+            }
+            for key, costs in one_round(keys, sets, urls).items():
+                found.setdefault(key, []).append(costs)
+            for form in args.formats:
+                floors.setdefault(form, []).append(measure.floor(form, sets))
+        print(f"round {number + 1} of {args.rounds} done", flush=True)
+    return {
+        "machine": measure.machine(),
+        "runs": [
+            {"format": form, "from": source, "workers": workers, **measure.median(rounds)}
+            for (form, source, workers), rounds in found.items()
+        ],
+        "floors": {form: measure.median(rounds) for form, rounds in floors.items()},
+    }
+
+
+def report(result: dict[str, Any]) -> None:
+    """The tables, and what was reached of the goals."""
+    floors, runs = result["floors"], result["runs"]
+    print(f"\n{result['machine']}\n")
+    header = [
+        "shards",
+        "from",
+        "CPUs",
+        "tokens/s",
+        "MB/s",
+        "CPU s per M tokens",
+        "limit / CPU",
+        "memory",
+    ]
+    rows = []
+    for one in runs:
+        share = floors[one["format"]]["limit"] / one["cpu_s_per_mtok"]
+        rows.append(
+            [one["format"], one["from"], one["workers"], f"{one['tokens_per_s']:,.0f}",
+             f"{one['mb_per_s']:.1f}", f"{one['cpu_s_per_mtok']:.4f}", f"{share:.2f}",
+             f"{one['memory_gb']:.2f} GB"]
+        )  # fmt: skip
+    print(measure.table(header, rows))
+    print("\nThe limit, bare library calls on one core, CPU s per M tokens:\n")
+    names = ("decode", "parse", "encode", "limit", "tiktoken")
+    print(
+        measure.table(
+            ["shards", *names],
+            [[form, *(f"{one[name]:.4f}" for name in names)] for form, one in floors.items()],
+        )
     )
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    if all("stages" in one for one in runs):
+        print("\nCPU s per M tokens by stage:\n")
+        stages = list(runs[0]["stages"])
+        print(
+            measure.table(
+                ["shards", "from", "CPUs", *stages],
+                [[one["format"], one["from"], one["workers"],
+                  *(f"{one['stages'].get(s, 0.0):.4f} "
+                    f"({100 * one['stages'].get(s, 0.0) / one['cpu_s_per_mtok']:.0f} %)"
+                    for s in stages)] for one in runs],
+            )
+        )  # fmt: skip
+    _goals(floors, runs)
 
 
-def marginal(large: dict[str, Any], small: dict[str, Any]) -> dict[str, float]:
-    """Cost of the tokens that the large run has more than the small one."""
-    tokens = large["tokens"] - small["tokens"]
-    wall, cpu = large["wall_s"] - small["wall_s"], large["cpu_s"] - small["cpu_s"]
-    return {"tokens_per_s": tokens / wall, "cpu_s_per_mtok": 1e6 * cpu / tokens}
+def _goals(floors: dict[str, Costs], runs: list[Costs]) -> None:
+    local = {(one["format"], one["workers"]): one for one in runs if one["from"] == "files"}
+    print()
+    for form, floor in floors.items():
+        share = floor["limit"] / local[form, 1]["cpu_s_per_mtok"]
+        print(f"{form}: limit / CPU {share:.2f} (goal {_GOAL_LIMIT})", end="")
+        if (form, 2) in local:
+            ratio = local[form, 2]["tokens_per_s"] / local[form, 1]["tokens_per_s"]
+            print(f"; two CPUs {ratio:.2f} × one (goal {_GOAL_TWO})", end="")
+        print()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--docs", type=Path, help="folder of parquet files with a text column")
-    parser.add_argument("--megabytes", type=int, default=48, help="text of the large run")
+    parser.add_argument("--megabytes", type=int, default=96, help="text of the large run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--formats", nargs="*", default=list(corpus.FORMATS))
-    args = parser.parse_args()
-    originals = corpus.source_documents(args.docs)
-    with tempfile.TemporaryDirectory() as scratch:
-        sets = {}
-        for size, seed in (("large", 2), ("small", 1)):
-            share = args.megabytes * 10**6 // (1 if size == "large" else 4)
-            texts = list(corpus.documents(originals, share, seed))
-            for form in args.formats:
-                sets[form, size] = corpus.write(Path(scratch) / size, texts, 8, form)
-        contestants: list[tuple[str, str, int, Any]] = [
-            ("fineweb-pipeline", form, workers, ours) for form in args.formats for workers in (1, 2)
-        ]
-        if PEERS.exists() and "tar.bz2" in args.formats:
-            contestants += [("WebDataset", "tar.bz2", workers, webdataset) for workers in (1, 2)]
-        results: dict[tuple[str, str, int], list[dict[str, float]]] = {}
-        for _ in range(args.rounds):
-            hashes: dict[str, set[str]] = {"large": set(), "small": set()}
-            for name, form, workers, contestant in contestants:
-                runs = {size: contestant(sets[form, size], workers) for size in hashes}
-                for size, run in runs.items():
-                    if run["sha256"]:
-                        hashes[size].add(run["sha256"])
-                one = marginal(runs["large"], runs["small"])
-                results.setdefault((name, form, workers), []).append(one)
-            assert all(len(one) == 1 for one in hashes.values()), f"ids differ: {hashes}"
-    report(results)
-
-
-def report(results: dict[tuple[str, str, int], list[dict[str, float]]]) -> None:
-    """A Markdown table."""
-    versions = ", ".join(
-        f"{name} {metadata.version(name)}" for name in ("numpy", "pyarrow", "tiktoken")
-    )
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, Python ", end="")
-    print(f"{platform.python_version()}, {versions}\n")
-    print("| contestant | shards | workers | tokens/s | CPU s per M tokens | CPU, WebDataset = 1 |")
-    print("|---|---|---|---|---|---|")
-    peers = {
-        workers: statistics.median(one["cpu_s_per_mtok"] for one in runs)
-        for (name, _, workers), runs in results.items()
-        if name == "WebDataset"
-    }
-    for (name, form, workers), runs in results.items():
-        rate = statistics.median(one["tokens_per_s"] for one in runs)
-        cpu = statistics.median(one["cpu_s_per_mtok"] for one in runs)
-        ratio = f"{cpu / peers[workers]:.2f}" if workers in peers else "–"
-        print(f"| {name} | {form} | {workers} | {rate:,.0f} | {cpu:.3f} | {ratio} |")
+    result = run(parser.parse_args())
+    report(result)
+    measure.save("throughput", result)
+    pictures.draw("throughput", result)
 
 
 if __name__ == "__main__":

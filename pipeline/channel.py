@@ -15,11 +15,12 @@ from collections import deque
 import msgspec
 
 from pipeline.faults import faultpoint
-from pipeline.messages import ALL, Message
+from pipeline.messages import ALL, Message, Working
 
 _LENGTH = struct.Struct("<I")
 _MAX_FRAME_BYTES = 64 << 20
 _RECV_BYTES = 1 << 18
+_WORKING_S = 1.0
 _NO_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(__import__("typing").Union[ALL]).decode  # type: ignore[valid-type]
@@ -76,6 +77,21 @@ class Channel:
         self._sock = sock
         self._frames = Frames()
         self._inbox: deque[Message] = deque()
+        self._at_work_on: str | None = None  # the message that was received last
+        self._working_at = 0.0
+
+    def working(self) -> None:
+        """Tell the supervisor, once a second at most, that a long piece of work goes on.
+
+        To be called where the work makes progress: silence is what a hang is found by.
+
+        Raises:
+            ClosedError: the supervisor is gone.
+        """
+        now = time.monotonic()
+        if now - self._working_at >= _WORKING_S:
+            self._working_at = now
+            self.send(Working())
 
     def send(self, message: Message) -> None:
         """Send one message.
@@ -99,6 +115,9 @@ class Channel:
         Raises:
             ClosedError: the supervisor is gone.
         """
+        if self._at_work_on is not None:
+            faultpoint(f"handled:{self._at_work_on}")
+            self._at_work_on = None
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self._inbox:
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -114,7 +133,8 @@ class Channel:
             if self._frames.damaged:
                 raise ClosedError
         message = self._inbox.popleft()
-        faultpoint(f"received:{type(message).__name__}")
+        self._at_work_on = type(message).__name__
+        faultpoint(f"received:{self._at_work_on}")
         return message
 
 
@@ -141,8 +161,13 @@ class SupervisorChannel:
     def send(self, message: Message) -> None:
         """Queue a message and send what the socket takes now. A dead peer is not an error here:
         its EOF is what counts."""
-        self._outbox += frame(message)
-        self.flush()
+        name = type(message).__name__
+        faultpoint(f"before_send:{name}")
+        data = frame(message)
+        with faultpoint.torn(f"mid_send:{name}", self.sock, data):
+            self._outbox += data
+            self.flush()
+        faultpoint(f"after_send:{name}")
 
     def flush(self) -> None:
         """Send queued bytes as far as the socket takes them."""

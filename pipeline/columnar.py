@@ -4,11 +4,13 @@ Runs in: tokenizers. Pure: no I/O, no clock, no process.
 
 A byte-pair encoding encodes each piece of its pattern on its own, and text repeats its pieces. So
 a block is split into pieces with array operations (pieces), each piece is looked up in a table
-(piece_cache), and only the distinct pieces that are not in it go through tiktoken.
+(piece_cache), and only the distinct pieces that are not in it are encoded: many at once by their
+merges (merges), few and long ones by tiktoken.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,10 +65,25 @@ class ColumnarEncoder:
         self._pieces = _piece_encoding(encoding)
         self.eot, self.vocab_size = eot, vocab_size
         self.dtype = np.dtype(np.uint16 if vocab_size <= _UINT16_IDS else np.uint32)
-        self._cache = PieceCache(encoding._mergeable_ranks)
-        self._merges = Merges(encoding._mergeable_ranks)
         self._separator = encoding._mergeable_ranks[bytes([_SEPARATOR])]
         self._first_ids = np.empty(0, self.dtype)
+
+    # Made by prepare, or when they are needed: the supervisor and the trainer encode nothing.
+
+    @functools.cached_property
+    def _cache(self) -> PieceCache:
+        return PieceCache(self._encoding._mergeable_ranks)
+
+    @functools.cached_property
+    def _merges(self) -> Merges | None:
+        try:
+            return Merges(self._encoding._mergeable_ranks)
+        except ValueError:
+            return None
+
+    def prepare(self) -> None:
+        """See encoding.Encoder; a tenth of a second for gpt2."""
+        _ = self._cache, self._merges
 
     def decode(self, ids: list[int]) -> str:
         """See encoding.Encoder."""
@@ -163,9 +180,7 @@ class ColumnarEncoder:
                 keys = keys_of(words, starts[here], lengths[here], num_words)
                 distinct, which = _distinct(np.stack(keys, axis=1))
                 pieces = distinct.view(np.uint8)
-                few = high > MAX_BYTES or len(pieces) < _FEW_PIECES
-                bpe = self._tiktoken if few else self._merges.encode
-                values[here] = self._cache.learn(distinct, *bpe(pieces))[which]
+                values[here] = self._cache.learn(distinct, *self._bpe(pieces))[which]
         here = np.flatnonzero(key_lengths > MAX_PIECE_BYTES)
         if here.size:
             pieces = [raw[a : a + n] for a, n in zip(starts[here], lengths[here], strict=True)]
@@ -175,8 +190,11 @@ class ColumnarEncoder:
             values[here] = self._cache.learn(None, joined, counts)
         return values
 
-    def _tiktoken(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _bpe(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As Merges.encode, of any width."""
+        many = pieces.shape[1] <= MAX_BYTES and len(pieces) >= _FEW_PIECES
+        if many and self._merges is not None:
+            return self._merges.encode(pieces)
         joined = np.zeros((len(pieces), pieces.shape[1] + 1), np.uint8)
         joined[:, :-1] = pieces
         keep = joined != 0

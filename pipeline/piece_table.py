@@ -100,12 +100,18 @@ class PieceTable:
         differ = self._differ(rows, keys)
         differ &= keys[0] != 0
         missed = np.flatnonzero(differ)
+        there = rows[missed, 0]
         for place in range(1, _PLACES):
+            # Places are taken in this order and never left: behind an empty one there is nothing.
+            taken = there != _NO_KEY
+            values[missed[~taken]] = MISSING
+            missed = missed[taken]
             if not missed.size:
-                break
+                return values
             rows = np.take(self._rows, slots[missed] ^ place, axis=0, mode="clip")
             values[missed] = rows[:, self._num_words]
-            missed = missed[self._differ(rows, [key[missed] for key in keys])]
+            differ = self._differ(rows, [key[missed] for key in keys])
+            missed, there = missed[differ], rows[differ, 0]
         values[missed] = MISSING
         return values
 

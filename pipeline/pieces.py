@@ -29,7 +29,7 @@ PAD_BYTES = 8  # zero bytes behind the text that a splitter may read
 _LETTER, _NUMBER, _OTHER, _WHITE, _SPACE = 0x11, 0x22, 0x44, 0x88, 0x8F
 _WHITE_BIT = 0x80
 
-_APOSTROPHE = ord("'")
+APOSTROPHE = ord("'")
 
 
 class Gpt2Splitter:
@@ -40,12 +40,12 @@ class Gpt2Splitter:
     """
 
     def __init__(self, classes: np.ndarray) -> None:
-        of_class = np.full(classes.max() + 1, _OTHER, np.uint8)
-        for bit in (codepoints.UPPER, codepoints.LOWER, codepoints.OTHER_LETTER):
-            of_class[bit] = _LETTER
-        of_class[codepoints.NUMBER] = _NUMBER
-        of_class[codepoints.SPACE] = _WHITE
-        self._codes = of_class[classes]
+        code_of = {
+            codepoints.LETTER: _LETTER,
+            codepoints.NUMBER: _NUMBER,
+            codepoints.SPACE: _WHITE,
+        }
+        self._codes = code_table(classes, code_of, _OTHER)
         self._codes[ord(" ")] = _SPACE
         self._ascii = self._codes[:128].tobytes() + bytes(128)
 
@@ -63,31 +63,50 @@ class Gpt2Splitter:
         raw = np.frombuffer(text, np.uint8)
         codes = np.frombuffer(bytearray(text.translate(self._ascii)), np.uint8)
         special = raw >= 0xC0
-        special |= raw == _APOSTROPHE
+        special |= raw == APOSTROPHE
         special = np.flatnonzero(special)
         wide = raw[special] >= 0xC0
-        wide_spaces = _paint(codes, raw, special[wide], self._codes)
+        wide_spaces = paint(codes, raw, special[wide], self._codes)
         codes[size:] = _WHITE  # white space at the end of the text is not split
 
-        apart = codes >> 4
-        apart[1:] &= codes[:-1]
-        apart = apart == 0  # from the character before
+        start = apart(codes)
         ends = bounds[1:][bounds[1:] > 0] - 1
-        apart_at_ends = apart[ends]
-        start = apart
+        at_ends = start[ends]
         start[:-1] |= codes[:-1] > (codes[1:] | (_WHITE_BIT - 1))  # the last of white space
         # every document is a text of its own
         start[size:] = False
-        start[ends] = apart_at_ends
-        for first, last in wide_spaces:
-            start[first] |= start[last]
-            start[last] = False
+        start[ends] = at_ends
+        move_to_first(start, wide_spaces)
         start[bounds[:-1]] = True
         _split_contractions(start, raw, special[~wide], bounds)
         return np.flatnonzero(start[:size])
 
 
-def _paint(
+def code_table(classes: np.ndarray, code_of: dict[int, int], other: int) -> np.ndarray:
+    """The code of every code point: code_of its class, or other."""
+    of_class = np.full(int(classes.max()) + 1, other, np.uint8)
+    for bits, code in code_of.items():
+        for bit in (1 << n for n in range(8)):
+            if bits & bit and bit < len(of_class):
+                of_class[bit] = code
+    return of_class[classes]
+
+
+def apart(codes: np.ndarray) -> np.ndarray:
+    """Whether each byte is of another piece than the one before it, by their codes alone."""
+    joined = codes >> 4
+    joined[1:] &= codes[:-1]
+    return joined == 0
+
+
+def move_to_first(start: np.ndarray, wide_spaces: list[np.ndarray]) -> None:
+    """Where a piece starts at the last byte of a wide space, let it start at the first."""
+    for first, last in wide_spaces:
+        start[first] |= start[last]
+        start[last] = False
+
+
+def paint(
     codes: np.ndarray, raw: np.ndarray, leads: np.ndarray, of_code_point: np.ndarray
 ) -> list[np.ndarray]:
     """Give every byte of the wide characters, which start at leads, the code of the code point.
@@ -140,5 +159,3 @@ _SHORT = np.zeros(256, bool)
 _SHORT[list(b"sdmt")] = True
 _LONG = np.full(256, 0xFF, np.uint8)  # by the first letter, the second
 _LONG[list(b"lvr")] = list(b"lee")
-
-SPLITTERS = {GPT2_PATTERN: Gpt2Splitter}

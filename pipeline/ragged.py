@@ -21,3 +21,9 @@ def binary_array(text: np.ndarray, bounds: np.ndarray) -> pa.Array:
     offsets = pa.py_buffer(np.ascontiguousarray(bounds, np.int64))
     buffers = [None, offsets, pa.py_buffer(text)]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(bounds) - 1, buffers)
+
+
+def padded(pieces: list[bytes], width: int) -> np.ndarray:
+    """Pieces as rows of width bytes, filled up with zeros; uint8."""
+    joined = b"".join(piece.ljust(width, b"\0") for piece in pieces)
+    return np.frombuffer(joined, np.uint8).reshape(-1, width)

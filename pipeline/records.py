@@ -25,12 +25,21 @@ def json_reader(field: str) -> Callable[[bytes, str], bytes | BadRecord]:
     Returns:
         (data, place) → the text as UTF-8, or what is wrong with the record at that place.
     """
+    good = msgspec.defstruct("Good", [("text", str)], rename={"text": field})
     record = msgspec.defstruct(
         "Record", [("text", msgspec.Raw | msgspec.UnsetType, msgspec.UNSET)], rename={"text": field}
     )
+    decode_good = msgspec.json.Decoder(good).decode
     decode = msgspec.json.Decoder(record).decode
 
     def read(data: bytes, place: str) -> bytes | BadRecord:
+        try:
+            return cast(bytes, decode_good(data).text.encode())  # type: ignore[attr-defined]
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return look_closer(data, place)
+
+    def look_closer(data: bytes, place: str) -> bytes | BadRecord:
+        """Of a key that comes twice only the last value counts, and what is wrong is said."""
         try:
             raw = decode(data).text  # type: ignore[attr-defined]
             if raw is msgspec.UNSET:

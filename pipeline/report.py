@@ -162,7 +162,7 @@ class Reporter:
         cached = [f for f in files if f.state is FileState.CACHED and f.reserved_bytes]
         cached_bytes = sum(file.reserved_bytes for file in cached)
         reserved = sum(file.reserved_bytes for file in files) - cached_bytes
-        writing = self.generation.writing_bytes if self.generation else 0
+        writing = self.generation.consuming.writing_bytes if self.generation else 0
         checkpoint_bytes = self._checkpoint_bytes + writing
         log_bytes = self.log.bytes + self.other_bytes + sum(one.bytes for one in self.trackers)
         used = cached_bytes + reserved + checkpoint_bytes + log_bytes
@@ -184,7 +184,7 @@ class Reporter:
         """Everything that a view shows."""
         state, generation = self._state(), self.generation
         metrics = self.metrics
-        ready = bool(generation and generation.facts)
+        ready = bool(generation and generation.consuming.facts)
         return Status(
             name=self.job.config.name,
             kind=self.job.kind,
@@ -281,7 +281,7 @@ class Reporter:
 
     def _verdict(self) -> str:
         """What limits the run now, in words."""
-        if self.generation is None or not self.generation.facts:
+        if self.generation is None or not self.generation.consuming.facts:
             return "starting"
         limiting = self.generation.scheduler.limiting()
         wait = self.metrics.get("data_wait_share")

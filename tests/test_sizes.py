@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pipeline import costs, encoding, sizes
 from pipeline.config import Stream
 from pipeline.costs import Costs
-from tests.harness import english, write_shards
 
 SECONDS = st.floats(1e-4, 1.0)
 
@@ -53,7 +52,7 @@ def test_what_is_asked_for_is_taken(n: int, cpus: int, read_s: float, encode_s: 
 )
 def test_a_format_is_told_by_the_name_and_can_be_measured(name: str, form: str) -> None:
     assert costs.form_of(name) == form
-    cost = costs.measure(form, None, "body", encoding.load("gpt2", None))
+    cost = costs.measure(form, encoding.load("gpt2", None))
     assert cost.read_s > 0 < cost.encode_s
 
 
@@ -61,12 +60,34 @@ def test_costs_are_measured_once_and_a_damaged_note_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (shard,) = write_shards(tmp_path / "shards", english(30), 1)
-    encoder = encoding.load("gpt2", None)
-    first = costs.of(shard.name, str(shard), "text", encoder, "gpt2")
-    assert costs.of(shard.name, str(shard), "text", encoder, "gpt2") == first
+    loads: list[int] = []
+
+    def load() -> encoding.Encoder:
+        loads.append(1)
+        return encoding.load("gpt2", None)
+
+    first = costs.of("x.jsonl.gz", load, "gpt2")
+    assert costs.of("x.jsonl.gz", load, "gpt2") == first
+    assert len(loads) == 1
     (note,) = (tmp_path / "cache").rglob("costs.json")
     note.write_bytes(b"{")
-    again = costs.of(shard.name, str(shard), "text", encoder, "gpt2")
+    again = costs.of("x.jsonl.gz", load, "gpt2")
     assert again.read_s > 0
+    assert len(loads) == 2
     assert note.read_bytes() != b"{"
+
+
+def test_gpt2s_ranks_are_kept_and_a_damaged_copy_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ranks = encoding._read_gpt2_ranks()
+    assert encoding._gpt2_ranks() == ranks  # read out of the package, and kept
+    assert encoding._gpt2_ranks() == ranks  # the copy
+    (kept,) = tmp_path.rglob("gpt2-*.bin")
+    data = bytearray(kept.read_bytes())
+    data[len(data) // 2] ^= 1
+    kept.write_bytes(data)
+    assert encoding._gpt2_ranks() == ranks
+    assert encoding.vocabulary("gpt2", None) == (len(ranks) + 1, len(ranks))
+    assert encoding.load("gpt2", 1000).eot == encoding.vocabulary("gpt2", 1000).eot == 999

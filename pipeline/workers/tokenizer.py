@@ -38,6 +38,7 @@ class Tokenizer:
         self._ring = ring.Ring(tokens, setup.ring)
         self._tokens: dict[int, np.ndarray] = {}
         self._waiting: deque[Encode] = deque()
+        self._encoder.prepare()
 
     def run(self) -> None:
         """Serve until the supervisor hangs up: what can be placed goes before encoding."""
