@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import zstandard
 
 from pipeline.errors import ShardError
-from tests.malformed import TAR_END, documents, line, member
+from tests.corpus.base import TAR_END, line, member
+from tests.malformed import documents
 
 PIECES = 16
 _PIECE = b"a" * (32 << 20)

@@ -29,7 +29,8 @@ from pipeline.errors import ConfigError, ShardError, SourceError
 from pipeline.messages import ALL, BadRecord, Cursor, LaneCursor, Skip
 from pipeline.sources import ChangedError, Stat, TransientError
 from pipeline.workers import writer
-from tests.malformed import CASES, TAR_END, documents, jsonl, member, zst
+from tests.corpus.base import TAR_END, jsonl, member, zst
+from tests.malformed import CASES, documents
 
 _MAX_DOCUMENTS = 100_000  # a few bytes may be very many documents: that is no defect
 _MAX_BODY_BYTES = 1 << 20

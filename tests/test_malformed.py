@@ -20,6 +20,7 @@ from pipeline.errors import ShardError
 from pipeline.messages import BadRecord
 from pipeline.supervisor import Job
 from tests.bombs import BOMBS, EXPANDED_BYTES
+from tests.corpus.base import TEXTS, Case
 from tests.harness import (
     ROOT,
     DiskWatcher,
@@ -33,7 +34,7 @@ from tests.harness import (
     wait_for_event,
     write_shards,
 )
-from tests.malformed import CASES, TEXTS, Case, documents
+from tests.malformed import CASES, documents
 from tests.servers import Behaviour, http_server
 from tests.test_pipeline import reference
 
