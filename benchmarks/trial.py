@@ -30,7 +30,7 @@ from trainer import model as llama  # noqa: E402
 from trainer.loop import Loop  # noqa: E402
 
 _HELD_OUT = 0.08  # share of the documents, the last ones
-_VALIDATION_WINDOWS = 96
+_VALIDATION_TOKENS = 12_288
 _POINTS = 8  # looks at the held-out loss in one run
 
 
@@ -60,6 +60,7 @@ class Result(msgspec.Struct, frozen=True):
     tokens: list[int]  # trained on at each look
     losses: list[float]  # held-out, nats per token
     seconds: float
+    alone: float | None = None  # at the end, every document read alone
 
     @property
     def final(self) -> float:
@@ -89,7 +90,7 @@ def load(source: Path | None, size: Size) -> Data:
         cut = int(len(texts) * (1 - _HELD_OUT))
         train, held = (_windows(_encode(encoder, part), T) for part in (texts[:cut], texts[cut:]))
     said = f"{len(train):,} training windows of {T} tokens"
-    return Data(train, held[:_VALIDATION_WINDOWS], size.vocab, said)
+    return Data(train, held[: _VALIDATION_TOKENS // T], size.vocab, said)
 
 
 def _encode(encoder: encoding.Encoder, texts: list[bytes]) -> np.ndarray:
@@ -166,7 +167,8 @@ class Trials:
         )
 
     def _train(self, setting: Setting) -> Result:
-        loop = Loop(self._config(setting), self.data.vocab_size, self.dtype)
+        vocab_size = self.data.vocab_size
+        loop = Loop(self._config(setting), vocab_size, self.dtype, eot=vocab_size - 1)
         windows = self._shuffled(setting.seed)
         looks = {round(setting.updates * n / _POINTS) for n in range(1, _POINTS + 1)}
         tokens, losses, begin = [], [], time.perf_counter()
@@ -178,10 +180,12 @@ class Trials:
             if update in looks:
                 loop.metrics(flush=True)
                 tokens.append(loop.tokens)
-                losses.append(self._held_out(loop))
+                losses.append(self._held_out(loop, loop.eot))
             if time.perf_counter() - begin > self.budget_s:
                 raise SystemExit(f"a run took more than --budget-s {self.budget_s}: {setting}")
-        return Result(setting, self.size, tokens, losses, round(time.perf_counter() - begin, 1))
+        seconds = round(time.perf_counter() - begin, 1)
+        alone = self._held_out(loop, self.data.vocab_size - 1)
+        return Result(setting, self.size, tokens, losses, seconds, alone)
 
     def _shuffled(self, seed: int) -> Any:
         """Windows for ever, in another order each epoch."""
@@ -190,13 +194,15 @@ class Trials:
             for index in rng.permutation(len(self.data.train)):
                 yield self.data.train[index]
 
-    def _held_out(self, loop: Loop) -> float:
-        """Mean loss per token over the validation windows."""
+    def _held_out(self, loop: Loop, eot: int | None) -> float:
+        """Mean loss per token over the validation windows; with eot, inside documents."""
         loop.model.update(tree_unflatten(list(llama.as_dtype(loop.weights, self.dtype).items())))
         held, B = self.data.validation, self.size.batch
         total = 0.0
         for at in range(0, len(held), B):
             total += float(
-                llama.loss_sum(loop.model, mx.array(held[at : at + B]), self.dtype).item()
+                llama.losses(loop.model, mx.array(held[at : at + B]), self.dtype, eot=eot)
+                .sum()
+                .item()
             )
         return total / (held.shape[0] * (held.shape[1] - 1))

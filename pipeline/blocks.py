@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.errors import ShardError
 from pipeline.messages import BadRecord
 
 _NAMED_BAD = 100  # bad records that a block names; the rest is only counted
@@ -87,16 +88,24 @@ def blocks(
     Yields:
         Blocks with at least one document each; a last one without any only if bad records are
         left to report.
+
+    Raises:
+        ShardError: what documents has raised, behind a block of what came before.
     """
     gathering = _Gathering(block_bytes, max_documents, cut)
-    for document in documents:
-        match document:
-            case bytes():
-                yield from gathering.add(document)
-            case Texts():
-                yield from gathering.add_all(document)
-            case BadRecord():
-                gathering.skip(document)
+    try:
+        for document in documents:
+            match document:
+                case bytes():
+                    yield from gathering.add(document)
+                case Texts():
+                    yield from gathering.add_all(document)
+                case BadRecord():
+                    gathering.skip(document)
+    except ShardError:  # what was whole before the damage is kept
+        if gathering.block.lengths:
+            yield gathering.block
+        raise
     if gathering.block.lengths or gathering.block.num_bad:
         yield gathering.block
 

@@ -4,7 +4,7 @@ Runs in: supervisor (own, scan), fetchers and decompressors (names).
 
     <key>.partial                      being fetched
     <key>.<size>.<xxh3_64>.shard       whole: its name says what its bytes must be
-    owner.lock                         locked by the run that owns the folder
+    owner.lock                         locked by the run that owns the folder, and its children
 
 Files of any other name are a stranger's: never counted, never deleted.
 """
@@ -16,14 +16,20 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
+from pipeline import durable
 from pipeline.errors import CacheInUseError
+from pipeline.faults import faultpoint
 
 LOCK_FILE = "owner.lock"
+_LINGER_S = 5.0  # the children of a supervisor that was killed end within a second
+_LOCK_POLL_S = 0.02
 _NAME = re.compile(
     r"(?P<key>[0-9a-f]{16})\.(?:partial|(?P<size>\d+)\.(?P<digest>[0-9a-f]{16})\.shard)"
 )
@@ -91,29 +97,27 @@ def scan(folder: Path) -> Contents:
 
 
 @contextmanager
-def own(folder: Path) -> Iterator[None]:
-    """Own the folder, for as long as the block or the process lasts.
+def own(folder: Path) -> Iterator[int]:
+    """Own the folder until the block and every process that has inherited the lock have ended.
+
+    A run that was killed may have left a process that can still write (one that was stopped, or
+    waits for a dead network disk): until it is gone the folder is not free.
 
     If the machine was started again since, partial files are deleted: after a power loss their
     last bytes may never have reached the disk.
 
+    Yields:
+        The lock's descriptor, for the run's children to inherit.
+
     Raises:
         CacheInUseError: another run owns it; names its process.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(folder)
     with (folder / LOCK_FILE).open("a+", encoding="ascii") as lock:
+        _lock(lock, folder)
         lock.seek(0)
-        before = lock.read().split()
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = before[0] if before else "unknown"
-            raise CacheInUseError(
-                f"the cache folder {folder} belongs to a run that is going on (process {pid})",
-                "wait for it, stop it, or give this run another --name or --cache-dir",
-            ) from None
         boot = _boot_id()
-        if before[1:] != [boot]:
+        if lock.read().split()[1:] != [boot]:
             for path in folder.glob("*.partial"):
                 if parse(path.name) is not None:
                     path.unlink()
@@ -121,7 +125,49 @@ def own(folder: Path) -> Iterator[None]:
         lock.truncate()
         lock.write(f"{os.getpid()} {boot}")
         lock.flush()
-        yield
+        faultpoint("cache:locked")
+        yield lock.fileno()
+
+
+def _lock(lock: TextIO, folder: Path) -> None:
+    """Take the lock; wait a little for the children of a supervisor that is dead."""
+    deadline = time.monotonic() + _LINGER_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            lock.seek(0)
+            said = lock.read().split()  # empty for an instant, while its owner writes it
+            pid = int(said[0]) if said else None
+            alive = pid is not None and _exists(pid)
+            if alive or time.monotonic() > deadline:
+                raise CacheInUseError(*_in_use(folder, pid, alive)) from None
+        time.sleep(_LOCK_POLL_S)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
+
+
+def _in_use(folder: Path, pid: int | None, alive: bool) -> tuple[str, str]:
+    """What is wrong, and what to do about it."""
+    if alive:
+        return (
+            f"the folder {folder} belongs to a run that is going on (process {pid})",
+            "wait for it, stop it, or give this run another --name, --out or --cache-dir",
+        )
+    return (
+        f"the folder {folder} belongs to a run that has ended (process {pid}), but one of its "
+        "workers has not",
+        "it is stopped, or waits for a disk: end the pipeline.child processes that are left",
+    )
 
 
 def _boot_id() -> str:

@@ -15,11 +15,13 @@ from collections import deque
 import msgspec
 
 from pipeline.faults import faultpoint
-from pipeline.messages import ALL, Message
+from pipeline.messages import ALL, Message, Working
 
 _LENGTH = struct.Struct("<I")
 _MAX_FRAME_BYTES = 64 << 20
 _RECV_BYTES = 1 << 18
+_WORKING_S = 1.0
+_NO_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(__import__("typing").Union[ALL]).decode  # type: ignore[valid-type]
 
@@ -29,23 +31,30 @@ class ClosedError(Exception):
 
 
 class Frames:
-    """Cuts received bytes into messages; a torn last frame is never delivered. Pure."""
+    """Cuts received bytes into messages; a torn last frame is never delivered. Pure.
+
+    damaged: the bytes are no messages from here on: whoever sends them must be given up.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self.damaged = False
 
     def feed(self, data: bytes) -> list[Message]:
         """Add received bytes and return the messages that are now whole, in order."""
         buffer, messages, at = self._buffer, [], 0
         buffer += data
-        while len(buffer) - at >= _LENGTH.size:
+        while len(buffer) - at >= _LENGTH.size and not self.damaged:
             (size,) = _LENGTH.unpack_from(buffer, at)
             if size > _MAX_FRAME_BYTES:
-                raise ValueError(f"frame of {size} bytes: the stream is damaged")
-            if len(buffer) - at - _LENGTH.size < size:
+                self.damaged = True
+            if self.damaged or len(buffer) - at - _LENGTH.size < size:
                 break
             at += _LENGTH.size
-            messages.append(_decode(memoryview(buffer)[at : at + size]))
+            try:
+                messages.append(_decode(bytes(memoryview(buffer)[at : at + size])))
+            except _NO_MESSAGE:
+                self.damaged = True
             at += size
         del buffer[:at]
         return messages
@@ -68,6 +77,21 @@ class Channel:
         self._sock = sock
         self._frames = Frames()
         self._inbox: deque[Message] = deque()
+        self._at_work_on: str | None = None  # the message that was received last
+        self._working_at = 0.0
+
+    def working(self) -> None:
+        """Tell the supervisor, once a second at most, that a long piece of work goes on.
+
+        To be called where the work makes progress: silence is what a hang is found by.
+
+        Raises:
+            ClosedError: the supervisor is gone.
+        """
+        now = time.monotonic()
+        if now - self._working_at >= _WORKING_S:
+            self._working_at = now
+            self.send(Working())
 
     def send(self, message: Message) -> None:
         """Send one message.
@@ -91,6 +115,9 @@ class Channel:
         Raises:
             ClosedError: the supervisor is gone.
         """
+        if self._at_work_on is not None:
+            faultpoint(f"handled:{self._at_work_on}")
+            self._at_work_on = None
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self._inbox:
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -103,8 +130,11 @@ class Channel:
             if not data:
                 raise ClosedError
             self._inbox.extend(self._frames.feed(data))
+            if self._frames.damaged:
+                raise ClosedError
         message = self._inbox.popleft()
-        faultpoint(f"received:{type(message).__name__}")
+        self._at_work_on = type(message).__name__
+        faultpoint(f"received:{self._at_work_on}")
         return message
 
 
@@ -131,8 +161,13 @@ class SupervisorChannel:
     def send(self, message: Message) -> None:
         """Queue a message and send what the socket takes now. A dead peer is not an error here:
         its EOF is what counts."""
-        self._outbox += frame(message)
-        self.flush()
+        name = type(message).__name__
+        faultpoint(f"before_send:{name}")
+        data = frame(message)
+        with faultpoint.torn(f"mid_send:{name}", self.sock, data):
+            self._outbox += data
+            self.flush()
+        faultpoint(f"after_send:{name}")
 
     def flush(self) -> None:
         """Send queued bytes as far as the socket takes them."""
@@ -146,7 +181,8 @@ class SupervisorChannel:
     def receive(self) -> tuple[list[Message], bool]:
         """All messages that have arrived, and whether the peer is gone (EOF or reset).
 
-        A peer that is gone has had everything it sent drained; a torn last record is dropped.
+        A peer that is gone has had everything it sent drained; a torn last record is dropped. One
+        that sends what is no message is as good as gone.
         """
         messages: list[Message] = []
         while True:
@@ -159,6 +195,8 @@ class SupervisorChannel:
             if not data:
                 return messages, True
             messages += self._frames.feed(data)
+            if self._frames.damaged:
+                return messages, True
 
     def close(self) -> None:
         self.sock.close()

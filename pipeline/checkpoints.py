@@ -157,7 +157,7 @@ def read(path: Path) -> Checkpoint:
     try:
         data = (path / STATE_FILE).read_bytes()
         state = msgspec.json.decode(data, type=CheckpointState)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ShardError(
             f"{path} cannot be read: {error}",
             "move that folder away: the run then resumes from the checkpoint before it",

@@ -5,7 +5,10 @@ Runs in: supervisor.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import msgspec
 from pipeline import checkpoints, cli_runs, config, supervisor
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ExitCode, FinewebError
+from pipeline.redaction import scrub
 from pipeline.supervisor import Job, Outcome
 from pipeline.view import make_view
 
@@ -237,6 +241,44 @@ cli.add_command(cli_runs.export)
 cli.add_command(cli_runs.report)
 
 
+@cli.command(epilog="Exit codes: 0 every promise held · 6 one was broken")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides the faults.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0.05),
+    default=3.0,
+    show_default=True,
+    help="How long faults are injected; the comparison comes on top.",
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["tokenize", "train"]),
+    default="tokenize",
+    show_default=True,
+    help="What runs under the faults.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON line.")
+def chaos(seed: int, minutes: float, kind: str, as_json: bool) -> None:
+    """Break everything at random and see whether the promises hold.
+
+    Real processes stream a corpus that this machine's Python carries, from a web server of this
+    machine. Workers, the consumer and the supervisor are killed, stopped, hung and starved of disk
+    and memory; the server resets, stalls and refuses; cached files are damaged. In the end the
+    stream must be that of an undisturbed run, the budget kept, and nothing left behind.
+
+    \b
+    Examples:
+      fineweb-pipeline chaos --minutes 3
+      fineweb-pipeline chaos --kind train --seed 7 --minutes 30 --json
+    """
+    from pipeline.chaos import command
+
+    report = command.run(seed, minutes, kind)
+    text = msgspec.json.encode(report).decode() if as_json else command.describe(report)
+    click.echo(text)
+    sys.exit(int(ExitCode.CRASHED if report.problems else ExitCode.OK))
+
+
 # ── helpers ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -275,11 +317,12 @@ def _confirm(yes: bool, what: str) -> None:
 
 
 def _finish(outcome: Outcome, as_json: bool) -> None:
-    """Print the result and leave with its code."""
-    if as_json:
-        click.echo(msgspec.json.encode(outcome.summary).decode())
-    else:
-        click.echo(describe(outcome))
+    """Print the result and leave with its code, also where nobody can read it any more."""
+    text = msgspec.json.encode(outcome.summary).decode() if as_json else describe(outcome)
+    try:
+        click.echo(text)
+    except OSError:  # the terminal was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(outcome.exit_code)
 
 
@@ -316,9 +359,10 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except FinewebError as error:
-        click.secho(f"error: {error.what}", fg="red", err=True)
-        if error.remedy:
-            click.echo(f"  {error.remedy}", err=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone; the code is what counts
+            click.secho(f"error: {error.what}", fg="red", err=True)
+            if error.remedy:
+                click.echo(f"  {error.remedy}", err=True)
         sys.exit(int(error.exit_code))
     except click.exceptions.Abort:
         click.echo("nothing was changed", err=True)
@@ -326,3 +370,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(int(ExitCode.USAGE))
+    except Exception:  # a bug: its traceback may hold what the user's URLs do
+        click.echo(scrub(traceback.format_exc()), err=True)
+        click.echo("this is a bug: please report it with the traceback", err=True)
+        sys.exit(int(ExitCode.BUG))

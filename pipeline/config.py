@@ -26,6 +26,9 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class Preprocessing(Section):
     max_context_size: int = 2048  # T: tokens the model sees; windows are T + 1
+    # Attention stays inside its document. RoPE is relative, so this is also the same as positions
+    # that begin anew with every document. Off: docs/TRAINING.md has the measurement.
+    mask_documents: bool = False
 
 
 class Tokenizer(Section):
@@ -55,6 +58,11 @@ class Stream(Section):
     max_retries: int = 8  # attempts without progress before a fetch fails
     timeout_s: float = 30.0  # a connection that is silent this long is given up
     min_bytes_per_s: float = 10_000  # so is one slower than this over timeout_s; 0: no limit
+    hang_s: float = 180.0  # a worker that has work and is silent this long is replaced
+    consumer_hang_s: float = 3600.0  # the same for the trainer or writer: an update may take long
+    worker_memory_gb: float | None = None  # a larger worker is replaced; null: a quarter of all
+    writer_save_s: float = 10.0  # tokenize: what was written is made durable this often
+    disk_wait_s: float = 600.0  # a checkpoint that meets a full disk is tried again this long
 
 
 class Validation(Section):
@@ -116,7 +124,9 @@ class Model(Section):
 
 class Hyperparameters(Section):
     iters: int = 10_000  # optimizer updates
-    batch_size: int = 8  # windows per micro-step
+    # Windows per micro-step. auto: as many as memory holds; gradient_accumulation_steps then counts
+    # windows, so that an update has that many, however they are split.
+    batch_size: int | Literal["auto"] = 8
     gradient_accumulation_steps: int = 8  # micro-steps per update
     learning_rate: float = 2e-2  # of the hidden matrices (Muon), or of everything (AdamW)
     weight_decay: float = 0.01  # decoupled
@@ -140,10 +150,19 @@ class Optimization(Section):
     eps: float = 1e-8  # AdamW
 
 
+class Guards(Section):
+    """What is done about updates that look wrong."""
+
+    max_skipped: int = 8  # skipped updates in a row that end the run
+    spike_sigmas: float = 6.0  # a loss this far above its running mean is a spike; logged
+    skip_spikes: bool = False  # and its update is left out
+
+
 class Training(Section):
     hyperparameters: Hyperparameters = Hyperparameters()
     scheduler: Scheduler = Scheduler()
     optimization: Optimization = Optimization()
+    guards: Guards = Guards()
 
 
 # ── logging, system ─────────────────────────────────────────────────────────────────────────
@@ -173,6 +192,10 @@ class System(Section):
     time_limit_s: float | None = None  # training ends with a checkpoint after this long
     device: Literal["auto", "cpu", "gpu"] = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs
+    # The head's logits are computed some rows at a time, and never kept. auto: in float32; in
+    # bfloat16 GPUs have a fused kernel, which needs the memory and is faster.
+    chunked_loss: Literal["auto", "always", "never"] = "auto"
+    activation_checkpointing: bool = False  # layers are computed again in the backward pass
     # auto: on GPUs. On the CPU MLX calls the C++ compiler for every fused kernel: 40 s at the
     # first start, for updates that are 15 % faster.
     compile: Literal["auto", "always", "never"] = "auto"
@@ -255,7 +278,7 @@ def _find(path: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates, UTF-8
         raise ConfigError(f"{path} is no YAML: {error}", "correct the line") from None
     if not isinstance(plain, dict):
         raise ConfigError(f"{path} holds no configuration", "begin with `name: …`")
@@ -289,7 +312,7 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
     stream, hyper = config.data.stream, config.training.hyperparameters
     dims, heads = config.model.dimensions, config.model.attention
     schedule, log = config.training.scheduler, config.logging
-    validation = config.data.validation
+    validation, guards = config.data.validation, config.training.guards
     kv_heads = heads.num_kv_heads or heads.num_heads
     head_dim = heads.head_dim or dims.hidden_size // heads.num_heads
     seq_len = config.data.preprocessing.max_context_size
@@ -300,6 +323,12 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         "data.stream.slot_windows": stream.slot_windows,
         "data.stream.max_disk_gb": stream.max_disk_gb,
         "data.stream.timeout_s": stream.timeout_s,
+        "data.stream.writer_save_s": stream.writer_save_s,
+        "data.stream.hang_s": stream.hang_s,
+        "data.stream.consumer_hang_s": stream.consumer_hang_s,
+        "data.stream.worker_memory_gb": (
+            1.0 if stream.worker_memory_gb is None else stream.worker_memory_gb
+        ),
         "data.stream.fetchers": 1 if stream.fetchers is None else stream.fetchers,
         "data.stream.decompressors": 1 if stream.decompressors is None else stream.decompressors,
         "data.stream.workers": 1 if auto else stream.workers,
@@ -309,10 +338,14 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         "model.dimensions.num_layers": dims.num_layers,
         "model.attention.num_heads": heads.num_heads,
         "training.hyperparameters.iters": hyper.iters,
-        "training.hyperparameters.batch_size": hyper.batch_size,
+        "training.hyperparameters.batch_size": 1
+        if hyper.batch_size == "auto"
+        else hyper.batch_size,
         "training.hyperparameters.gradient_accumulation_steps": hyper.gradient_accumulation_steps,
         "training.hyperparameters.learning_rate": hyper.learning_rate,
         "training.optimization.ns_steps": config.training.optimization.ns_steps,
+        "training.guards.max_skipped": guards.max_skipped,
+        "training.guards.spike_sigmas": guards.spike_sigmas,
         "logging.steps.logging_interval": log.steps.logging_interval,
         "logging.steps.checkpoint_interval": log.steps.checkpoint_interval,
         "logging.steps.validation_interval": log.steps.validation_interval,
@@ -326,6 +359,7 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         (stream.timeout_s <= 60, "data.stream.timeout_s", "it is 60 at most"),
         (stream.min_bytes_per_s >= 0, "data.stream.min_bytes_per_s", "it cannot be negative"),
         (stream.prefetch >= 0, "data.stream.prefetch", "it cannot be negative"),
+        (stream.disk_wait_s >= 0, "data.stream.disk_wait_s", "it cannot be negative"),
         (stream.block_bytes >= 4096, "data.stream.block_bytes", "a block holds 4096 bytes or more"),
         (log.max_log_mb >= 0.1, "logging.max_log_mb", "logs need 0.1 MB"),
         (hyper.gradient_clip >= 0, "training.hyperparameters.gradient_clip", "it is negative"),

@@ -104,7 +104,7 @@ def make_corpus(folder: Path) -> dict[str, int]:
 # ── the server ──────────────────────────────────────────────────────────────────────────────
 
 
-class _Handler(http.server.SimpleHTTPRequestHandler):
+class DemoHandler(http.server.SimpleHTTPRequestHandler):
     """Files with ETag and ranges, which the standard handler does not have."""
 
     protocol_version = "HTTP/1.1"
@@ -142,12 +142,16 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         if body:
-            self.wfile.write(data[start:])
+            self.send_body(data[start:])
+
+    def send_body(self, data: bytes) -> None:
+        """What is left of the file."""
+        self.wfile.write(data)
 
 
 def _serve(folder: str, port: int, parent: socket.socket) -> None:
     """Serve until the parent hangs up, at the wanted port if it is free; tells it the port."""
-    handler = functools.partial(_Handler, directory=folder)
+    handler = functools.partial(DemoHandler, directory=folder)
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     except OSError:

@@ -9,6 +9,7 @@ its code; a traceback is for bugs only.
 from __future__ import annotations
 
 import enum
+import errno
 
 from pipeline.redaction import scrub
 
@@ -80,6 +81,12 @@ class BudgetError(FinewebError):
     exit_code = ExitCode.DISK
 
 
+class DiskError(FinewebError):
+    """A file or folder of the run cannot be read or written."""
+
+    exit_code = ExitCode.DISK
+
+
 class CacheInUseError(FinewebError):
     """Another run owns the cache folder."""
 
@@ -96,3 +103,33 @@ class StoppedError(FinewebError):
     """The run was asked to stop, or its trainer was cut off: the same command resumes it."""
 
     exit_code = ExitCode.RESUME
+
+
+# What the file system says of a file, as opposed to a bug in the use of a descriptor or socket.
+_OF_FILES = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT,
+    errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.ENODEV, errno.ENXIO, errno.ESTALE,
+})  # fmt: skip
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_error(error: OSError, who: str) -> DiskError | None:
+    """What the user is told of a file that cannot be used; None if error is not about a file.
+
+    Args:
+        error: As raised.
+        who: Did it: 'the writer'.
+    """
+    if error.errno not in _OF_FILES:
+        return None
+    file = f" {error.filename}" if error.filename else ""
+    full = is_disk_full(error)
+    remedy = "free some space" if full else "see that the folder is there and may be written"
+    return DiskError(
+        f"{who} cannot use the disk:{file} {error.strerror}",
+        f"{remedy}; the same command then goes on where it ended",
+    )

@@ -153,7 +153,9 @@ class Fetching:
         if not self._local(file):
             if self._doomed(file):
                 return False
-            want = file.reserved_bytes or on_disk.get(run.shard, 0) or self._first_grant(file, depth)
+            want = (
+                file.reserved_bytes or on_disk.get(run.shard, 0) or self._first_grant(file, depth)
+            )
             file.users.add((run.lane, run.sequence))
             fits = self._fits(file, want) or (depth == 0 and self._make_room(file, want))
             if not fits:
@@ -200,9 +202,7 @@ class Fetching:
             run
             for lane in self.state.lanes
             for depth, run in enumerate(lane.runs)
-            if depth > 0
-            and run.attached
-            and not self._local(self.state.files[run.shard])
+            if depth > 0 and run.attached and not self._local(self.state.files[run.shard])
         ]
         ahead.sort(key=lambda run: (run.worker is None, run.sequence, run.lane))
         if not ahead:
@@ -220,6 +220,12 @@ class Fetching:
         if not worker.killed:
             worker.killed = True
             self.state.emit(Kill(name, reason))
+
+    def pause(self) -> None:
+        """The disk is full: fetch nothing for a while, and give up what was fetched ahead."""
+        self.state.disk_full_until = self.state.now + self.state.plan.disk_full_retry_s
+        while self._give_up_ahead():
+            pass
 
     def _detach(self, run: Run) -> None:
         """The run no longer uses its file; a file that nobody uses is deleted."""
@@ -272,6 +278,8 @@ class Fetching:
     def assign(self) -> None:
         """Grant growth that was refused before, attach what fits, hand fetches to idle fetchers."""
         state = self.state
+        if state.disk_full_until > state.now:
+            return
         for file in state.growing():
             self._grow(file)
         self.attach()

@@ -8,37 +8,33 @@ from __future__ import annotations
 import heapq
 import itertools
 import selectors
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import spawn
-from pipeline.errors import BudgetError, ExitCode, FinewebError, StoppedError
+from pipeline.config import Stream
+from pipeline.consuming import Consuming, DiskFullError
+from pipeline.errors import ExitCode, FinewebError, StoppedError
+from pipeline.faults import faultpoint
 from pipeline.messages import (
-    CheckpointGranted,
-    CheckpointWanted,
     CheckpointWritten,
     ConsumerDone,
-    ConsumerReady,
     Cursor,
-    CursorIs,
-    CursorWanted,
     DecompressorSetup,
     Failed,
     FetcherSetup,
     Hello,
     Log,
     Message,
-    StepDone,
-    Stop,
     TextLayout,
     TokenizerSetup,
 )
 from pipeline.scheduler import CONSUMER, Scheduler
 from pipeline.state import Command, Evict, Kill, Note, Plan, Send, Spawn
+from pipeline.watch import RunningTime, Watch
 
 TICK_S = 0.25
 _STOP_WAIT_S = 600.0  # a consumer that was asked to stop gets this long for its checkpoint
@@ -78,7 +74,6 @@ class Hooks:
     evict: Callable[[int], None]  # delete a shard's files
 
 
-@dataclass
 class Generation:
     """Runs workers and consumer until the consumer has finished.
 
@@ -86,29 +81,39 @@ class Generation:
         plan: Of the scheduler.
         setup: First messages.
         hooks: Callbacks.
+        stream: The configuration's deadlines and limits.
         text_fd: Descriptor of the text segment.
         ring_fd: Descriptor of the ring segment.
+        lock_fds: Descriptors of the folders' locks.
         checkpoint_bytes: Bytes set aside for checkpoints, if that is known already.
+        checkpoints_kept: Checkpoints on disk beside the one being written.
     """
 
-    plan: Plan
-    setup: Setup
-    hooks: Hooks
-    text_fd: int
-    ring_fd: int
-    checkpoint_bytes: int | None
-    checkpoints_kept: int
-    children: dict[str, spawn.Child] = field(default_factory=dict)
-    writing_bytes: int = 0  # of the checkpoint that is being written
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.plan, self.checkpoint_bytes)
+    def __init__(
+        self,
+        plan: Plan,
+        setup: Setup,
+        hooks: Hooks,
+        stream: Stream,
+        *,
+        text_fd: int,
+        ring_fd: int,
+        lock_fds: Sequence[int],
+        checkpoint_bytes: int | None,
+        checkpoints_kept: int,
+    ) -> None:
+        self.setup, self.hooks = setup, hooks
+        self.scheduler = Scheduler(plan, checkpoint_bytes)
+        self.consuming = Consuming(
+            self.scheduler, hooks, setup.base, checkpoints_kept, stream.disk_wait_s
+        )
+        self.children: dict[str, spawn.Child] = {}
+        self._descriptors = {"text_fd": text_fd, "ring_fd": ring_fd, "lock_fds": lock_fds}
+        self._watch = Watch(stream)
+        self._now = RunningTime()
         self._selector = selectors.DefaultSelector()
         self._spawns: list[tuple[float, int, Spawn]] = []
         self._order = itertools.count()
-        self._done: ConsumerDone | None = None
-        self._stopping_since: float | None = None
         self._failed = False  # the scheduler has given up: only the consumer is heard
         self._ticked = 0.0
 
@@ -137,15 +142,15 @@ class Generation:
             except FinewebError as error:
                 notes = [c for c in self.scheduler.state.commands if isinstance(c, Note)]
                 self._carry_out(list(notes))  # what led to the error
-                if self.facts and not isinstance(error, StoppedError):
+                if self.consuming.facts and not isinstance(error, StoppedError | DiskFullError):
                     self._save_before(error)
                 raise
 
     def _until_done(self) -> ConsumerDone:
-        while self._done is None:
+        while self.consuming.done is None:
             self._wait()
             self._heed_stop()
-        return self._done
+        return self.consuming.done
 
     def _save_before(self, error: FinewebError) -> None:
         """The stream cannot go on: let the consumer save what it has consumed, then end."""
@@ -153,15 +158,19 @@ class Generation:
         self._failed = True
         if CONSUMER not in self.children:
             return
-        self.children[CONSUMER].channel.send(Stop(error.what))
-        self._stopping_since = time.monotonic()
+        self.consuming.stop(error.what, self._tell, self._now())
         with suppress(ConsumerDiedError, FinewebError):  # the first error is the one to report
             self._until_done()
 
     # ── processes ───────────────────────────────────────────────────────────────────────────
 
     def _start(self, name: str, role: str) -> None:
-        child = spawn.start(name, role, text_fd=self.text_fd, ring_fd=self.ring_fd)
+        now = self._now()
+        try:
+            child = spawn.start(name, role, **self._descriptors, now=now)
+        except OSError as error:  # no process or descriptor is left: like a death at once
+            self._died(name, f"an error at its start: {error}")
+            return
         self.children[name] = child
         first = {
             "fetcher": self.setup.fetcher,
@@ -193,10 +202,9 @@ class Generation:
 
     def _wait(self) -> None:
         """One round: wait for something to happen, and handle all of it."""
-        now = time.monotonic()
         timeout = TICK_S
         if self._spawns:
-            timeout = min(timeout, max(0.0, self._spawns[0][0] - now))
+            timeout = min(timeout, max(0.0, self._spawns[0][0] - self._now()))
         for key, mask in self._selector.select(timeout):
             child = key.data
             if child is None or child.name not in self.children:
@@ -208,17 +216,15 @@ class Generation:
                 child.channel.flush()
             if mask & selectors.EVENT_READ:
                 self._receive(child)
-            if self._done is not None:
+            if self.consuming.done is not None:
                 return
-        now = time.monotonic()
+        now = self._now()
         while self._spawns and self._spawns[0][0] <= now:
             command = heapq.heappop(self._spawns)[2]
             self._start(command.worker, command.role)
         if now - self._ticked >= TICK_S:
             self._ticked = now
-            if not self._failed:
-                self._carry_out(self.scheduler.on_time(now))
-            self.hooks.tick()
+            self._tick(now)
         for child in self.children.values():
             events = selectors.EVENT_READ
             if child.channel.wants_write:
@@ -226,19 +232,43 @@ class Generation:
             if self._selector.get_key(child.channel).events != events:
                 self._selector.modify(child.channel, events, child)
 
+    def _tick(self, now: float) -> None:
+        """A quarter of a second has passed: what hangs, what is too large, what is due."""
+        if not self._failed:
+            self._carry_out(self.scheduler.on_time(now))
+        if CONSUMER in self.children:
+            self.consuming.on_time(self._tell, now)
+            if not self.consuming.has_work():
+                self.children[CONSUMER].heard = now
+        for child in list(self.children.values()):
+            judged = child.name == CONSUMER  # for the others: Scheduler.on_time
+            reason = self._watch.silent(child, now) if judged else None
+            if reason := reason or self._watch.too_large(child):
+                self._kill(child, reason)
+        self.hooks.tick()
+
+    def _kill(self, child: spawn.Child, reason: str) -> None:
+        self.hooks.event("warning", "worker_killed", who=child.name, reason=reason)
+        child.kill(reason)  # its socket's EOF reports the death
+
     def _receive(self, child: spawn.Child) -> None:
         messages, gone = child.channel.receive()
+        if messages:
+            child.heard = self._now()
         for message in messages:
             self._handle(child, message)
-            if self._done is not None:
+            if self.consuming.done is not None:
                 return
         if gone:
             how = child.wait()
             self._forget(child)
-            if child.name == CONSUMER:
-                raise ConsumerDiedError(how)
-            if not self._failed:
-                self._carry_out(self.scheduler.on_death(child.name, how, time.monotonic()))
+            self._died(child.name, how)
+
+    def _died(self, name: str, how: str) -> None:
+        if name == CONSUMER:
+            raise ConsumerDiedError(how)
+        if not self._failed:
+            self._carry_out(self.scheduler.on_death(name, how, self._now()))
 
     def _read_stderr(self, child: spawn.Child) -> None:
         """What a worker writes to standard error is a log event, a line each."""
@@ -252,24 +282,30 @@ class Generation:
 
     def _heed_stop(self) -> None:
         wanted = self.hooks.stop_requested()
-        now = time.monotonic()
-        if wanted and self._stopping_since is None:
-            self._stopping_since = now
-            self.children[CONSUMER].channel.send(Stop("asked to stop"))
+        now = self._now()
+        if wanted and self.consuming.stopping_since is None:
+            self.consuming.stop("asked to stop", self._tell, now)
             self.hooks.event("info", "stopping", hint="again to stop without a checkpoint")
-        late = self._stopping_since is not None and now - self._stopping_since > _STOP_WAIT_S
-        if wanted > 1 or late:
+        since = self.consuming.stopping_since
+        if wanted > 1 or (since is not None and now - since > _STOP_WAIT_S):
             raise StoppedError(
                 "stopped without a checkpoint", "the same command resumes from the last one"
             )
 
     # ── messages ────────────────────────────────────────────────────────────────────────────
 
+    def _tell(self, message: Message) -> None:
+        """Send the consumer a message, unless its death has yet to be handled."""
+        if CONSUMER in self.children:
+            self.children[CONSUMER].channel.send(message)
+
     def _schedule(self, name: str, message: Message) -> None:
         if not self._failed:
-            self._carry_out(self.scheduler.on_message(name, message, time.monotonic()))
+            self._carry_out(self.scheduler.on_message(name, message, self._now()))
 
     def _handle(self, child: spawn.Child, message: Message) -> None:
+        point = type(message).__name__
+        faultpoint(f"received:{point}")
         match message:
             case Log(level=level, event=event, fields=fields):
                 self.hooks.event(level, event, who=child.name, **fields)
@@ -281,45 +317,21 @@ class Generation:
                 error = FinewebError(message.what, message.remedy)
                 error.exit_code = ExitCode(message.exit_code)
                 raise error
-            case _ if child.name == CONSUMER:
-                self._handle_consumer(child, message)
             case _:
-                self._schedule(child.name, message)
+                child.ready = child.ready or isinstance(message, Hello)
+                self._dispatch(child, message)
+        faultpoint(f"handled:{point}")
 
-    def _handle_consumer(self, child: spawn.Child, message: Message) -> None:
-        match message:
-            case Hello():
-                pass
-            case ConsumerReady(checkpoint_bytes=size, facts=facts):
-                self.facts = facts
-                self.hooks.event("info", "consumer_ready", **facts)
-                total = size * (self.checkpoints_kept + 1)
-                self._carry_out(self.scheduler.on_checkpoint_bytes(total))
-            case CursorWanted(request=request, positions=positions):
-                cursor = self.scheduler.cursor(positions, self.setup.base)
-                child.channel.send(CursorIs(request, cursor))
-            case CheckpointWanted(request=request, size_bytes=size):
-                self._grant_checkpoint(child, request, size)
-            case CheckpointWritten():
-                self.writing_bytes = 0
-                self.hooks.checkpoint(message)
-            case StepDone(metrics=metrics):
-                self.hooks.step(metrics)
-            case ConsumerDone():
-                self._done = message
-            case _:
-                self._schedule(CONSUMER, message)
-
-    def _grant_checkpoint(self, child: spawn.Child, request: int, size_bytes: int) -> None:
-        reserved = self.scheduler.state.checkpoint_bytes or 0
-        if size_bytes * (self.checkpoints_kept + 1) > reserved:
-            raise BudgetError(
-                f"a checkpoint of {size_bytes} bytes is larger than what was set aside "
-                f"({reserved} bytes for {self.checkpoints_kept + 1})",
-                "this is a bug: please report it",
-            )
-        self.writing_bytes = size_bytes
-        child.channel.send(CheckpointGranted(request))
+    def _dispatch(self, child: spawn.Child, message: Message) -> None:
+        """To the consumer's desk or to the scheduler."""
+        if child.name != CONSUMER:
+            self._schedule(child.name, message)
+            return
+        commands = self.consuming.take(message, self._tell, self._now())
+        if commands is None:
+            self._schedule(CONSUMER, message)
+        elif not self._failed:
+            self._carry_out(commands)
 
     # ── commands ────────────────────────────────────────────────────────────────────────────
 
@@ -330,13 +342,15 @@ class Generation:
                     if worker in self.children:  # else: its death has yet to be handled
                         self.children[worker].channel.send(message)
                 case Spawn(delay_s=delay):
-                    due = time.monotonic() + delay
+                    due = self._now() + delay
                     heapq.heappush(self._spawns, (due, next(self._order), command))
                 case Kill(worker=worker, reason=reason):
-                    self.hooks.event("warning", "worker_killed", who=worker, reason=reason)
-                    self.children[worker].kill()  # its socket's EOF reports the death
+                    if worker in self.children:  # else: its death has yet to be handled
+                        self._kill(self.children[worker], reason)
                 case Evict(shard=shard):
+                    faultpoint("supervisor:before_evict")
                     self.hooks.evict(shard)
+                    faultpoint("supervisor:after_evict")
                 case Note(level=level, event=event, fields=fields):
                     self.hooks.event(level, event, **fields)
 

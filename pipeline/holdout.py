@@ -6,23 +6,25 @@ run, and two copies of one document are on the same side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable
 
 import xxhash
 
+from pipeline.blocks import Documents, Texts
 from pipeline.messages import BadRecord
 
 _SEED = 0x5EED  # a hash of its own: not the digests that are used elsewhere
 
 
-def is_held_out(text: bytes, share: float) -> bool:
+def is_held_out(text: bytes | memoryview, share: float) -> bool:
     """Whether a document belongs to the held-out share, 0 to 1."""
     return xxhash.xxh3_64_intdigest(text, _SEED) < share * 2**64
 
 
 def select(
-    documents: Iterable[bytes | BadRecord], share: float, *, held_out: bool
-) -> Iterator[bytes | BadRecord]:
+    documents: Iterable[bytes | Texts | BadRecord], share: float, *, held_out: bool
+) -> Documents:
     """The documents of one side.
 
     Args:
@@ -32,8 +34,23 @@ def select(
             that each is counted once.
     """
     for document in documents:
-        if isinstance(document, BadRecord):
-            if not held_out:
-                yield document
-        elif is_held_out(document, share) == held_out:
-            yield document
+        match document:
+            case BadRecord():
+                if not held_out:
+                    yield document
+            case Texts():
+                yield from _runs(document, share, held_out)
+            case bytes():
+                if is_held_out(document, share) == held_out:
+                    yield document
+
+
+def _runs(texts: Texts, share: float, held_out: bool) -> Documents:
+    """Stretches of documents of one side, still in their buffer."""
+    raw, bounds = memoryview(texts.text), texts.offsets.tolist()
+    sides = [is_held_out(raw[a:b], share) == held_out for a, b in itertools.pairwise(bounds)]
+    for wanted, run in itertools.groupby(range(len(sides)), sides.__getitem__):
+        if wanted:
+            first, *_, last = [*run] * 2
+            offsets = texts.offsets[first : last + 2]
+            yield Texts(texts.text[offsets[0] : offsets[-1]], offsets - offsets[0])

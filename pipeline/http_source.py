@@ -11,6 +11,7 @@ from __future__ import annotations
 import email.utils
 import http.client
 import io
+import logging
 import os
 import re
 import socket
@@ -28,6 +29,8 @@ from urllib3 import exceptions
 from pipeline.errors import SourceError
 from pipeline.redaction import redact
 from pipeline.sources import ChangedError, Chunks, Stat, TransientError
+
+logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # its warnings hold whole URLs
 
 _PIECE_BYTES = 1 << 18
 _MAX_REDIRECTS = 10

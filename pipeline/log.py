@@ -8,6 +8,8 @@ its own `.1`, in the place of the one before.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 import structlog
 
-from pipeline.redaction import scrub_fields
+from pipeline.faults import faultpoint
 from pipeline.status import DiskStatus
 
 _FILES = ("log.txt", "metrics.jsonl", "bad_records.jsonl")
@@ -46,12 +48,24 @@ class _Rotating:
         """Append a line; one longer than half the limit is cut."""
         line = line if len(line) < self._half else line[: self._half - 1] + b"\n"
         if self._bytes + len(line) > self._half:
-            self._file.close()
-            self._path.replace(self._old)
-            self._old_bytes, self._bytes = self._bytes, 0
-            self._file = self._path.open("ab", buffering=0)
-        written = self._file.write(line) or 0
+            self._rotate()
+        try:
+            faultpoint("log:before_write")
+            written = self._file.write(line) or 0
+        except OSError:
+            written = 0
+        if written < len(line):  # the disk is full: half a line would damage the next one
+            self._file.truncate(self._bytes)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         self._bytes += written
+
+    def _rotate(self) -> None:
+        """The file becomes the old one. If its folder does not allow that, nothing changes."""
+        self._path.replace(self._old)
+        fresh = self._path.open("ab", buffering=0)
+        self._file.close()
+        self._file = fresh
+        self._old_bytes, self._bytes = self._bytes, 0
 
     def close(self) -> None:
         self._file.close()
@@ -75,8 +89,8 @@ class RunLog:
         return sum(file.bytes for file in self._files.values())
 
     def event(self, level: str, event: str, **fields: Any) -> None:
-        """A line of log.txt; a bad record stands in bad_records.jsonl as well."""
-        fields = scrub_fields(None, "", fields)
+        """A line of log.txt; a bad record stands in bad_records.jsonl as well. The
+        reporter has taken secrets out of the fields."""
         if event == "bad_record":
             self._write("bad_records.jsonl", _json(fields) + b"\n")
         line = _render(None, level, {"timestamp": _now(), "level": level, "event": event, **fields})

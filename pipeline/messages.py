@@ -11,8 +11,8 @@ Runs in: every process. Pure.
     supervisor → consumer       WriterSetup or TrainerSetup · SlotPublished · LaneEnded
                                 · CursorIs · CheckpointGranted · Stop
     consumer → supervisor       ConsumerReady · SlotReleased · CursorWanted · CheckpointWanted
-                                · CheckpointWritten · StepDone · ConsumerDone
-    any worker → supervisor     Hello · Log · Failed
+                                · CheckpointFailed · CheckpointWritten · StepDone · ConsumerDone
+    any worker → supervisor     Hello · Working · Log · Failed
 
 The consumer is the trainer or the file writer. A worker never talks to another worker.
 
@@ -374,10 +374,11 @@ class CursorWanted(Message):
 
 
 class CursorIs(Message):
-    """Answer to CursorWanted."""
+    """Answer to CursorWanted; shards names the one that each lane stands in ('' at the end)."""
 
     request: int
     cursor: Cursor
+    shards: tuple[str, ...] = ()
 
 
 class CheckpointWanted(Message):
@@ -391,6 +392,15 @@ class CheckpointGranted(Message):
     """The bytes are set aside: write."""
 
     request: int
+
+
+class CheckpointFailed(Message):
+    """The disk is full: what was written of the checkpoint is deleted, the earlier ones stay.
+
+    The consumer asks again with CheckpointWanted, and the grant comes when it is worth trying.
+    """
+
+    what: str
 
 
 class CheckpointWritten(Message):
@@ -430,6 +440,14 @@ class Hello(Message):
 
     role: str
     pid: int
+
+
+class Working(Message):
+    """Still at work on something that takes long and is not told otherwise.
+
+    Sent from the place where the work makes progress, never by a timer: silence is what a
+    process that hangs is found by.
+    """
 
 
 class Log(Message):

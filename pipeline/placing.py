@@ -271,8 +271,11 @@ class Placing:
             ValueError: a position was not published, or lies before an earlier cursor's.
         """
         lanes, totals = [], base.counts
-        for lane, position in zip(self.state.lanes, positions, strict=True):
+        for lane, position, start in zip(self.state.lanes, positions, base.lanes, strict=True):
             records = lane.records
+            if not records and position == start.position:
+                lanes.append(start)  # the block that it points into has yet to come again
+                continue
             while records and records[0].end <= position and len(records) > 1:
                 records.popleft()
             at = _lane_cursor(lane, position)

@@ -29,22 +29,26 @@ def redact(url: str) -> str:
 
 
 def hide(urls: Iterable[str] = ()) -> None:
-    """Remember the secrets of these URLs and of the environment, for scrub in this process.
-
-    A value of a query that the path shows as well is no secret.
-    """
+    """Remember the secrets of these URLs and of the environment, for scrub in this process."""
     global _hidden  # noqa: PLW0603 - one set per process, so that no text can miss it
-    values: list[str] = []
-    for url in urls:
-        parts = urllib.parse.urlsplit(url)
-        if "@" in parts.netloc:
-            values += [parts.username or "", parts.password or ""]
-        of_query = [pair.partition("=")[2] for pair in parts.query.split("&")]
-        values += [value for value in of_query if value not in parts.path]
-    values += [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
+    secret = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
+    values = [value for value in secret if "://" not in value]
+    for url in (*urls, *(value for value in secret if "://" in value)):
+        values += _secrets(url)
     both = {*values, *map(urllib.parse.unquote_plus, values), *_hidden}
     long_enough = (value for value in both if len(value) >= _MIN_LENGTH)
     _hidden = tuple(sorted(long_enough, key=len, reverse=True))
+
+
+def _secrets(url: str) -> list[str]:
+    """What must not be shown of a URL. A value of its query that its path shows as well is none."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # no address: the catalog says so
+        return []
+    user = [parts.username or "", parts.password or ""] if "@" in parts.netloc else []
+    of_query = [pair.partition("=")[2] for pair in parts.query.split("&")]
+    return [*user, *(value for value in of_query if value not in parts.path)]
 
 
 def scrub(text: str) -> str:
@@ -55,8 +59,8 @@ def scrub(text: str) -> str:
     return text
 
 
-def scrub_fields(_: Any, __: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The same for everything in an event, as a structlog processor."""
+def scrub_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same for everything in an event."""
     return {key: _scrub_value(value) for key, value in fields.items()}
 
 

@@ -16,6 +16,7 @@ from pipeline import checkpoints
 from pipeline.log import RunLog
 from pipeline.messages import CheckpointWritten
 from pipeline.power import Power
+from pipeline.redaction import scrub_fields
 from pipeline.state import FileState, State, Worker
 from pipeline.status import DiskStatus, StageStatus, Status, View
 from pipeline.trackers import Tracker
@@ -94,7 +95,8 @@ class Reporter:
     # ── what happens ────────────────────────────────────────────────────────────────────────
 
     def event(self, level: str, event: str, **fields: Any) -> None:
-        """Something has happened: to the log file and to the view."""
+        """Something has happened: to the log file and to the view, without secrets."""
+        fields = scrub_fields(fields)
         self.log.event(level, event, **fields)
         self.view.event(level, event, **fields)
         self.disk()
@@ -160,7 +162,7 @@ class Reporter:
         cached = [f for f in files if f.state is FileState.CACHED and f.reserved_bytes]
         cached_bytes = sum(file.reserved_bytes for file in cached)
         reserved = sum(file.reserved_bytes for file in files) - cached_bytes
-        writing = self.generation.writing_bytes if self.generation else 0
+        writing = self.generation.consuming.writing_bytes if self.generation else 0
         checkpoint_bytes = self._checkpoint_bytes + writing
         log_bytes = self.log.bytes + self.other_bytes + sum(one.bytes for one in self.trackers)
         used = cached_bytes + reserved + checkpoint_bytes + log_bytes
@@ -182,7 +184,7 @@ class Reporter:
         """Everything that a view shows."""
         state, generation = self._state(), self.generation
         metrics = self.metrics
-        ready = bool(generation and generation.facts)
+        ready = bool(generation and generation.consuming.facts)
         return Status(
             name=self.job.config.name,
             kind=self.job.kind,
@@ -279,7 +281,7 @@ class Reporter:
 
     def _verdict(self) -> str:
         """What limits the run now, in words."""
-        if self.generation is None or not self.generation.facts:
+        if self.generation is None or not self.generation.consuming.facts:
             return "starting"
         limiting = self.generation.scheduler.limiting()
         wait = self.metrics.get("data_wait_share")

@@ -31,6 +31,7 @@ from pipeline.messages import (
     ShardFetched,
     ShardUnreadable,
     SlotReleased,
+    Working,
 )
 from pipeline.placing import CONSUMER, Placing
 from pipeline.state import Command, File, FileState, Kill, Lane, Plan, Spawn, State, Worker
@@ -124,6 +125,8 @@ class Scheduler:
         match message:
             case Hello():
                 worker.ready = True
+            case Working():
+                return []
             case FetchProgress():
                 self.fetching.progress(worker, message)
                 return []
@@ -191,15 +194,29 @@ class Scheduler:
             worker.heard = min(worker.heard, now)
             silent = now - worker.heard
             if due and not worker.killed and silent > state.plan.hang_s:
-                reason = f"silent for {silent:.0f} s " + ("with work" if worker.ready else "at start")
+                reason = f"silent for {silent:.0f} s " + (
+                    "with work" if worker.ready else "at start"
+                )
                 worker.heard = now  # its death counts against what it works on
                 state.note("worker_hangs", level="warning", who=worker.name, reason=reason)
                 state.emit(Kill(worker.name, reason))
         return self._settle()
 
+    def on_disk_full(self, now: float) -> list[Command]:
+        """A checkpoint has met a full disk: it comes before anything fetched ahead."""
+        self.state.now = now
+        self.fetching.pause()
+        return self._settle()
+
     def cursor(self, positions: tuple[int, ...], base: Cursor) -> Cursor:
         """See Placing.cursor."""
         return self.placing.cursor(positions, base)
+
+    def shards_at(self, cursor: Cursor) -> tuple[str, ...]:
+        """Names of the shards that the lanes stand in; '' for a lane that has ended."""
+        plan = self.state.plan
+        turns = [plan.lanes.turn(lane, at.sequence) for lane, at in enumerate(cursor.lanes)]
+        return tuple("" if turn is None else plan.shards[turn.shard].name for turn in turns)
 
     def totals(self) -> Counts:
         """Totals over everything that has got a position, earlier generations included."""
@@ -235,7 +252,7 @@ class Scheduler:
     def _check_not_stuck(self) -> None:
         """Idle implies that the ring is full or the stream has ended."""
         state = self.state
-        if not state.confirmed:
+        if not state.confirmed or state.disk_full_until > state.now:
             return
         for worker in state.workers.values():
             growing = worker.file is not None and worker.file.wants_more

@@ -2,9 +2,10 @@
 
 Runs in: supervisor.
 
-A child is a fresh interpreter (MLX does not survive a fork) with one end of a socket and the
-descriptors of the segments that its role may use; nothing else is inherited, so that a death is
-seen as EOF at once. It is its own process group: Ctrl-C reaches the supervisor alone.
+A child is a fresh interpreter (MLX does not survive a fork) with one end of a socket, the
+descriptors of the segments that its role may use, and the locks of the run's folders, which are
+thus owned until the last process of the run is gone. Nothing else is inherited, so that a death
+is seen as EOF at once. It is its own process group: Ctrl-C reaches the supervisor alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.channel import SupervisorChannel
@@ -37,16 +39,20 @@ class Child:
     role: str
     process: subprocess.Popen[bytes]
     channel: SupervisorChannel
+    heard: float  # when it last said something, or began to have something to do
+    ready: bool = False  # has said Hello
+    killed_for: str | None = None  # why the supervisor has killed it
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
-    def kill(self) -> str:
+    def kill(self, reason: str | None = None) -> str:
         """End the process if it still runs, wait for it, and say how it ended.
 
         The wait is the fence after which the process cannot write any more.
         """
+        self.killed_for = self.killed_for or reason
         self.process.kill()
         return self.wait()
 
@@ -57,7 +63,8 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        why = f": {self.killed_for}" if self.killed_for else ""
+        return (f"signal {-code}" if code < 0 else f"exit code {code}") + why
 
     def close(self) -> None:
         """Close the supervisor's ends."""
@@ -66,8 +73,14 @@ class Child:
             self.process.stderr.close()
 
 
-def start(name: str, role: str, *, text_fd: int, ring_fd: int) -> Child:
-    """Start a worker. Its main is found by pipeline/child.py."""
+def start(
+    name: str, role: str, *, text_fd: int, ring_fd: int, lock_fds: Sequence[int], now: float
+) -> Child:
+    """Start a worker. Its main is found by pipeline/child.py.
+
+    Raises:
+        OSError: the system has no process or descriptor left.
+    """
     ours, theirs = socket.socketpair()
     text = text_fd if role in _TEXT_ROLES else -1
     ring = ring_fd if role in _RING_ROLES else -1
@@ -76,7 +89,7 @@ def start(name: str, role: str, *, text_fd: int, ring_fd: int) -> Child:
     try:
         process = subprocess.Popen(
             [*command, str(text), str(ring)],
-            pass_fds=[fd for fd in (theirs.fileno(), text, ring) if fd >= 0],
+            pass_fds=[fd for fd in (theirs.fileno(), text, ring, *lock_fds) if fd >= 0],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -90,4 +103,4 @@ def start(name: str, role: str, *, text_fd: int, ring_fd: int) -> Child:
         theirs.close()
     assert process.stderr is not None
     os.set_blocking(process.stderr.fileno(), False)
-    return Child(name, role, process, SupervisorChannel(ours))
+    return Child(name, role, process, SupervisorChannel(ours), now)

@@ -286,6 +286,7 @@ class State:
     skips: list[Skip]
     confirmed: bool = False  # the consumer itself has said what its checkpoints need
     now: float = 0.0
+    disk_full_until: float = 0.0  # until then nothing is fetched
     commands: list[Command] = field(default_factory=list)
     failure: FinewebError | None = None
     bad_shards: int = 0

@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from pipeline import (
     trackers,
 )
 from pipeline.config import Config, to_plain
-from pipeline.errors import ExitCode, WorkerCrashError
+from pipeline.errors import ExitCode, WorkerCrashError, disk_error
 from pipeline.generation import ConsumerDiedError, Generation, Hooks, Setup, evict_files
 from pipeline.lanes import LanePlan
 from pipeline.log import RunLog
@@ -60,7 +60,6 @@ _SMALL_FILES_BYTES = 1 << 18  # lock, status and configuration: beside the logs
 _MIN_DOCUMENT_BYTES = 64  # a block of documents shorter than this on average is cut earlier
 _MAX_CONSUMER_DEATHS = 3  # without a new checkpoint in between
 _BLOCKS_PER_TOKENIZER = 4
-_WRITER_CHECKPOINT_S = 10.0
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -90,15 +89,23 @@ def run(job: Job, view: View) -> Outcome:
     Raises:
         FinewebError: what went wrong, where, and what to do.
     """
-    run_dir = Path(job.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with cache.own(Path(job.cache_dir)), _signals() as stops:
-        if job.fresh:
-            _start_over(job, run_dir)
-        return _hold_out(job, view, stops) or _Run(job, view, stops).run()
+    run_dir, cache_dir = Path(job.run_dir), Path(job.cache_dir)
+    folders = {folder.resolve(): folder for folder in (run_dir, cache_dir)}
+    try:
+        with ExitStack() as stack:
+            locks = [stack.enter_context(cache.own(folder)) for folder in folders.values()]
+            stops = stack.enter_context(_signals())
+            if job.fresh:
+                _start_over(job, run_dir)
+            return _hold_out(job, view, stops, locks) or _Run(job, view, stops, locks).run()
+    except OSError as error:
+        known = disk_error(error, "the supervisor")
+        if known is None:
+            raise
+        raise known from error
 
 
-def _hold_out(job: Job, view: View, stops: _Stops) -> Outcome | None:
+def _hold_out(job: Job, view: View, stops: _Stops, lock_fds: list[int]) -> Outcome | None:
     """Make the validation tokens if they are wanted and not there; an outcome if that was
     stopped."""
     if job.kind != "train" or not held_out.wanted(job.config):
@@ -107,7 +114,7 @@ def _hold_out(job: Job, view: View, stops: _Stops) -> Outcome | None:
     if held_out.is_ready(inner):
         return None
     Path(inner.run_dir).mkdir(parents=True, exist_ok=True)
-    outcome = _Run(inner, view, stops).run()
+    outcome = _Run(inner, view, stops, lock_fds).run()
     return None if outcome.complete else outcome
 
 
@@ -138,10 +145,12 @@ class _Stops:
 
 @contextmanager
 def _signals() -> Iterator[_Stops]:
-    """SIGINT, SIGTERM and SIGHUP only count; the event loop acts."""
+    """SIGINT, SIGTERM and SIGHUP only count; the event loop acts. One that whoever started us
+    has switched off (nohup, a shell's background job) stays off."""
     stops = _Stops()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, stops) for number in numbers}
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stops) for number in heeded}
     wakeup = signal.set_wakeup_fd(stops.writable.fileno(), warn_on_full_buffer=False)
     try:
         yield stops
@@ -156,8 +165,9 @@ def _signals() -> Iterator[_Stops]:
 class _Run:
     """One run: what stays the same over its generations."""
 
-    def __init__(self, job: Job, view: View, stops: _Stops) -> None:
+    def __init__(self, job: Job, view: View, stops: _Stops, lock_fds: list[int]) -> None:
         self.job, self.config, self.view, self.stops = job, job.config, view, stops
+        self.lock_fds = lock_fds
         self.stream = job.config.data.stream
         self.run_dir, self.cache_dir = Path(job.run_dir), Path(job.cache_dir)
         self.started = time.monotonic()
@@ -267,8 +277,10 @@ class _Run:
                 plan=self._plan(cursor, ring_layout, text_layout.slots),
                 setup=self._setup(cursor, checkpoint, ring_layout, text_layout, positions),
                 hooks=self._hooks(),
+                stream=stream,
                 text_fd=text_fd,
                 ring_fd=ring_fd,
+                lock_fds=self.lock_fds,
                 checkpoint_bytes=self._checkpoint_bytes(size, kept),
                 checkpoints_kept=kept,
             )
@@ -318,6 +330,7 @@ class _Run:
             prefetch=stream.prefetch,
             max_bad_records=stream.max_bad_records,
             max_bad_shards=stream.max_bad_shards,
+            hang_s=stream.hang_s,
             cursor=cursor,
         )
 
@@ -349,7 +362,7 @@ class _Run:
                 eot=self.eot,
                 file_tokens=self.job.file_tokens,
                 limit_tokens=self.job.limit_tokens,
-                checkpoint_s=_WRITER_CHECKPOINT_S,
+                checkpoint_s=self.stream.writer_save_s,
             )
         return Setup(
             consumer_role="trainer" if self.job.kind == "train" else "writer",

@@ -9,6 +9,7 @@ import itertools
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import structlog
@@ -18,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.log import step_line
-from pipeline.redaction import scrub_fields
 from pipeline.status import DiskStatus, Status, View
 
 _LINE_S = 2.0  # between step lines off a terminal
@@ -31,6 +31,7 @@ _SHOWN = {
     "worker_died", "worker_hangs", "trainer_died", "writer_died", "worker_killed", "bad_record",
     "shard_skipped", "block_skipped", "disk_full", "stopping", "stream_ended", "worker_stderr",
     "cached_shard_damaged", "fetch_tried_again", "worker_failed", "listing_shards",
+    "checkpoint_waits_for_disk",
 }  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def make_view(*, live: bool | None = None, stream: TextIO = sys.stderr) -> View:
         stream: Where to write.
     """
     on_terminal = stream.isatty() if live is None else live
-    return LiveView(stream) if on_terminal else PlainView(stream)
+    return LastingView(LiveView(stream) if on_terminal else PlainView(stream))
 
 
 def human(count: float, unit: str) -> str:
@@ -81,7 +82,6 @@ class PlainView:
             processors=[
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-                scrub_fields,
                 structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=20),
             ],
         )
@@ -144,7 +144,6 @@ class LiveView:
         if event == "step_done":
             self._losses.append(float(fields["loss"]))
         elif event in _SHOWN or level == "error":
-            fields = scrub_fields(None, "", fields)
             said = "  ".join(f"{key} {value}" for key, value in fields.items())
             self._notes.append(f"{event.replace('_', ' ')}: {said}"[:160])
 
@@ -218,3 +217,33 @@ class LiveView:
             )
         table.add_row("ring", "", "", "", f"{100 * status.ring_fill:.0f} % full")
         return table
+
+
+class LastingView:
+    """A view whose terminal may go away: then nothing is shown any more, and the run decides.
+
+    Args:
+        view: The one that shows.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view: View | None = view
+
+    def update(self, status: Status) -> None:
+        """See View."""
+        self._show(lambda view: view.update(status))
+
+    def event(self, level: str, event: str, **fields: Any) -> None:
+        """See View."""
+        self._show(lambda view: view.event(level, event, **fields))
+
+    def close(self) -> None:
+        """See View."""
+        self._show(lambda view: view.close())
+
+    def _show(self, action: Callable[[View], None]) -> None:
+        if self._view is not None:
+            try:
+                action(self._view)
+            except OSError:  # the terminal was closed, or the reader of the pipe is gone
+                self._view = None

@@ -15,12 +15,16 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from pipeline.blocks import Texts
+from pipeline.codecs import open_documents
+from pipeline.messages import BadRecord
 from tests.harness import english
 
 TEXTS = english(60, largest=3000)
@@ -55,6 +59,15 @@ class Case:
     name: str
     make: Callable[[], bytes]
     outcome: Outcome
+
+
+def documents(path: Path, name: str) -> Iterator[bytes | BadRecord]:
+    """What open_documents gives, document by document. Raises: ShardError."""
+    for found in open_documents(str(path), name, "text"):
+        if isinstance(found, Texts):
+            yield from found.one_by_one()
+        else:
+            yield found
 
 
 VALID = Outcome()

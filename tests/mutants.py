@@ -129,8 +129,10 @@ PLANTED = (
 )  # fmt: skip
 
 FOUND = (
-    Mutant("grows beyond its floor before checkpoints are known", Fetching, "_grow",
-           "if not state.confirmed and want > self.floor:", "if False:"),
+    Mutant("a cached shard beyond its floor is kept before checkpoints are known", Fetching,
+           "_fits", "self.state.checkpoint_bytes is None and reserved_bytes > self.floor", "False"),
+    Mutant("a shard grows beyond its floor before it is sure what checkpoints need", Fetching,
+           "_grow", "if not state.confirmed and want > self.floor:", "if False:"),
     Mutant("a refused checkpoint is set aside all the same", Fetching, "confirm",
            "self.check_budget(checkpoint_bytes)\n",
            "state.checkpoint_bytes = checkpoint_bytes; self.check_budget(checkpoint_bytes)\n"),

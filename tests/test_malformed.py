@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.blocks import Texts
-from pipeline.codecs import open_documents
 from pipeline.errors import ShardError
 from pipeline.messages import BadRecord
-from tests.malformed import CASES, TEXTS, Case
+from pipeline.supervisor import Job
+from tests.bombs import BOMBS, EXPANDED_BYTES
+from tests.harness import (
+    ROOT,
+    DiskWatcher,
+    descendants,
+    english,
+    events,
+    finish,
+    job,
+    run,
+    start,
+    wait_for_event,
+    write_shards,
+)
+from tests.malformed import CASES, TEXTS, Case, documents
+from tests.servers import Behaviour, http_server
+from tests.test_pipeline import reference
 
 
 def test_there_are_enough_of_them() -> None:
@@ -26,14 +51,11 @@ def test_outcome(tmp_path: Path, case: Case) -> None:
     bad: list[BadRecord] = []
     said = None
     try:
-        for document in open_documents(str(path), case.name, "text"):
-            match document:
-                case bytes():
-                    texts.append(document.decode())
-                case Texts():
-                    texts += [one.decode() for one in document.one_by_one()]
-                case _:
-                    bad.append(document)
+        for document in documents(path, case.name):
+            if isinstance(document, bytes):
+                texts.append(document.decode())
+            else:
+                bad.append(document)
     except ShardError as error:
         said = str(error)
         assert case.name in error.what
@@ -51,3 +73,133 @@ def test_outcome(tmp_path: Path, case: Case) -> None:
         assert record.place
         assert wanted.reason in record.reason
         assert (record.place + record.reason).isprintable()
+
+
+# ── memory ──────────────────────────────────────────────────────────────────────────────────
+
+_MOST_BYTES = 350_000_000  # what reading may add to a process's memory: far below EXPANDED_BYTES
+
+
+def test_bombs_are_read_in_bounded_memory() -> None:
+    """Each holds one document behind a line, member or dictionary of half a gigabyte or more."""
+    assert EXPANDED_BYTES > 1.5 * _MOST_BYTES
+
+    def read(name: str) -> dict[str, object]:
+        command = [sys.executable, "-m", "tests.bombs", name]
+        done = subprocess.run(
+            command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(2) as pool:
+        for name, said in zip(BOMBS, pool.map(read, BOMBS), strict=True):
+            assert (said["documents"], said["bad"], said["error"]) == (*BOMBS[name][1:], ""), name
+            assert said["peak_bytes"] - said["before_bytes"] < _MOST_BYTES, name
+            assert said["files"] == 1, "something was written beside it"
+            assert said["file_bytes"] < EXPANDED_BYTES / 100
+
+
+# ── whole runs ──────────────────────────────────────────────────────────────────────────────
+
+
+def sha256(texts: list[str]) -> str:
+    return hashlib.sha256(reference(texts).tobytes()).hexdigest()
+
+
+def read_all(path: Path, name: str) -> tuple[list[str], int, bool]:
+    """Texts, bad records, and whether the shard ends in an error: then what comes behind its last
+    document is left out as a whole."""
+    texts, bad, since = [], 0, 0
+    try:
+        for document in documents(path, name):
+            if isinstance(document, bytes):
+                texts.append(document.decode())
+                bad, since = bad + since, 0
+            else:
+                since += 1
+    except ShardError:
+        return texts, bad, True
+    return texts, bad + since, False
+
+
+def test_a_run_skips_what_it_may_and_counts_it(tmp_path: Path) -> None:
+    """Every tenth case and a bomb, in one run: what it gives, skips and says."""
+    chosen = [*CASES[::10], next(case for case in CASES if "10000000000" in case.title)]
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    texts: list[str] = []
+    bad = failing = 0
+    for number, case in enumerate(chosen):
+        path = shards / f"{number:03d}-{case.name}"
+        path.write_bytes(case.make())
+        got = read_all(path, path.name)
+        texts, bad, failing = texts + got[0], bad + got[1], failing + got[2]
+    bomb = shards / "999-x.jsonl.gz"
+    bomb.write_bytes(BOMBS["x.jsonl.gz"][0]())
+    assert failing >= 12
+    assert bad >= 3
+    with DiskWatcher(tmp_path / "run", tmp_path / "cache") as watcher:
+        process = start(tmp_path, job(tmp_path, [shards], max_bad_shards=failing, block_bytes=4096))
+        outcome, err = finish(process)
+    assert process.returncode == 0, outcome
+    summary = outcome["summary"]
+    assert summary["sha256"] == sha256([*texts, "sound"])
+    assert summary["bad_records"] == bad + 1
+    assert len(events(err, "shard_skipped")) == failing
+    lines = (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()
+    assert len(lines) == bad + 1
+    assert all({"shard", "place", "reason"} <= set(json.loads(line)) for line in lines)
+    assert watcher.peak_bytes < 20_000_000
+    process = start(tmp_path / "few", job(tmp_path / "few", [shards], max_bad_shards=failing - 1))
+    outcome, err = finish(process)
+    assert process.returncode == 3, err
+    assert f"(--max-bad-shards is {failing - 1})" in outcome["remedy"]
+
+
+DOCUMENTS = english(100)
+
+
+def test_a_resume_makes_the_same_choice(tmp_path: Path) -> None:
+    """Stopped before a skip that is known already: the stream goes on as if it had not been, also
+    when what was bad has healed in between (the server says the same size and version)."""
+    folder = tmp_path / "served"
+    paths = write_shards(folder, DOCUMENTS, 4, "parquet")
+    sound = paths[1].read_bytes()
+    group = pq.ParquetFile(paths[1]).metadata.row_group(1)
+    at = group.column(1).dictionary_page_offset + 1000
+    how = Behaviour(etag={path.name: f'"{path.name}"' for path in paths})
+
+    def one(name: str) -> Job:
+        pattern = f"{url}/shard-{{00000..00003}}.parquet"
+        return job(tmp_path / name, [pattern], max_bad_shards=1, prefetch=1)
+
+    with http_server(folder, how) as url:
+        paths[1].write_bytes(sound[:at] + bytes(99) + sound[at + 99 :])
+        whole = run(tmp_path / "whole", one("whole"))
+        plan = f"stop:writer:writer:after_write:250:{tmp_path / 'stopped'}"
+        process = start(tmp_path / "cut", one("cut"), FINEWEB_FAULT=plan)
+        seen = list(wait_for_event(process, "shard_skipped"))
+        assert "damaged or cut off" in seen[-1]
+        stopped: list[psutil.Process] = []
+        while not stopped:
+            children = descendants(process.pid)
+            stopped = [one for one in children if one.status() == psutil.STATUS_STOPPED]
+        process.send_signal(signal.SIGINT)
+        list(wait_for_event(process, "stopping"))
+        os.kill(stopped[0].pid, signal.SIGCONT)
+        outcome, err = finish(process)
+        assert process.returncode == 75, err
+        assert 0 < outcome["summary"]["tokens"] < whole["tokens"]
+        state = json.loads((tmp_path / "cut" / "run" / "writer.json").read_text())
+        (skip,), (lane,) = state["cursor"]["skips"], state["cursor"]["lanes"]
+        assert (lane["sequence"], lane["block"]) < (skip["sequence"], skip["block"])
+        assert skip["block"] > 1, "the blocks before it must still be read"
+        shutil.copytree(tmp_path / "cut", tmp_path / "healed")
+        resumed = run(tmp_path / "cut", one("cut"))
+        paths[1].write_bytes(sound)
+        shutil.rmtree(tmp_path / "healed" / "cache")
+        healed = run(tmp_path / "healed", one("healed"))
+    for summary in (resumed, healed):
+        assert summary["sha256"] == whole["sha256"]
+        assert summary["documents"] == whole["documents"] < len(DOCUMENTS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -12,11 +14,11 @@ from trainer import blas
 blas.preload()
 
 import mlx.core as mx  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 from trainer import model as llama  # noqa: E402
 from trainer import optim  # noqa: E402
-from trainer.loop import MAX_SKIPPED, Loop  # noqa: E402
+from trainer.loop import Loop  # noqa: E402
 from trainer.model import Llama  # noqa: E402
 
 RNG = np.random.default_rng(0)
@@ -122,6 +124,7 @@ def test_accumulation_is_one_large_batch_to_rounding() -> None:
 
 def test_an_update_that_is_not_finite_changes_nothing_and_eight_end_the_run() -> None:
     loop = Loop(tiny(batch_size=2, gradient_accumulation_steps=1), 300, mx.float32)
+    most = loop.config.training.guards.max_skipped
     loop.update(lambda: batch(2, 0), lambda: {"wait_s": 0.0})
     before = {name: np.array(array) for name, array in loop.weights.items()}
     poison = mx.full(loop.weights["norm.weight"].shape, mx.nan)
@@ -134,8 +137,8 @@ def test_an_update_that_is_not_finite_changes_nothing_and_eight_end_the_run() ->
     for name, array in loop.weights.items():
         np.testing.assert_array_equal(np.array(array), before[name])
     loop.weights["norm.weight"] = poison
-    with pytest.raises(Exception, match=f"{MAX_SKIPPED} updates in a row"):
-        for number in range(MAX_SKIPPED + 1):
+    with pytest.raises(Exception, match=f"{most} updates in a row"):
+        for number in range(most + 1):
             loop.update(lambda number=number: batch(2, number), lambda: {"wait_s": 0.0})  # type: ignore[misc]
             loop.metrics()
 
@@ -196,3 +199,78 @@ def test_attention_is_causal() -> None:
     a, b = np.array(model(mx.array(tokens))), np.array(model(mx.array(changed % 300)))
     np.testing.assert_array_equal(a[0, :7], b[0, :7])
     assert np.abs(a[0, 7:] - b[0, 7:]).max() > 1e-4
+
+
+def gradients_of(
+    model: Llama, rows: mx.array, **options: object
+) -> tuple[float, dict[str, np.ndarray]]:
+    weights = dict(tree_flatten(model.parameters()))
+
+    def loss(weights: dict[str, mx.array]) -> mx.array:
+        model.update(tree_unflatten(list(weights.items())))
+        return llama.losses(model, rows, mx.float32, **options).sum()  # type: ignore[arg-type]
+
+    value, gradients = mx.value_and_grad(loss)(weights)
+    found = {name: np.array(array) for name, array in gradients.items()}
+    model.update(tree_unflatten(list(weights.items())))
+    return float(value.item()), found
+
+
+@pytest.mark.parametrize("eot", [None, 7])
+def test_layers_computed_again_give_the_same_gradients_from_less_memory(eot: int | None) -> None:
+    config = tiny().model
+    model = Llama(config, 300)
+    llama.initialize(model, config)
+    rows = mx.array(RNG.integers(0, 300, (4, 129)))
+    results, peaks = [], []
+    for recompute in (False, True):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        results.append(gradients_of(model, rows, eot=eot, recompute=recompute))
+        peaks.append(mx.get_peak_memory())
+    (loss, kept), (same, again) = results
+    assert loss == pytest.approx(same, rel=1e-6)
+    for name, array in kept.items():
+        np.testing.assert_allclose(again[name], array, atol=1e-4)
+    assert peaks[1] < peaks[0]
+
+
+def test_masked_documents_are_as_if_each_stood_alone_at_position_zero() -> None:
+    """Which is also why there is nothing to reset: RoPE sees differences of positions only."""
+    config = tiny().model
+    model = Llama(config, 300)
+    llama.initialize(model, config)
+    documents = [[11, 12, 13], [7, 21, 22, 23, 24], [7], [7, 31, 32]]
+    window = mx.array([list(itertools.chain(*documents))])
+    together = np.array(model(window, eot=7))[0]
+    alone = np.concatenate([np.array(model(mx.array([one])))[0] for one in documents])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.abs(np.array(model(window))[0] - alone).max() > 1e-3
+
+
+@pytest.mark.parametrize(("batch", "tied"), [(1, True), (5, True), (5, False)])
+def test_the_loss_in_chunks_is_the_loss(batch: int, tied: bool) -> None:
+    """5 × 128 rows are two chunks and a half."""
+    config = configuration.load(
+        "demo", {"model.dimensions.num_layers": 1, "model.misc.tie_word_embeddings": tied}
+    ).model
+    model = Llama(config, 300)
+    llama.initialize(model, config)
+    weights = {name: 3 * a for name, a in tree_flatten(model.parameters())}
+    rows = mx.array(RNG.integers(0, 300, (batch, 129)).astype(np.uint16))
+
+    def whole(weights: dict[str, mx.array]) -> mx.array:
+        model.update(tree_unflatten(list(weights.items())))
+        return llama.losses(model, rows, mx.float32).sum() / 7
+
+    def chunked(weights: dict[str, mx.array]) -> mx.array:
+        model.update(tree_unflatten(list(weights.items())))
+        return llama.loss_sum_chunked(model, rows) / 7
+
+    (loss, kept), (same, got) = (mx.value_and_grad(f)(weights) for f in (whole, chunked))
+    assert loss.item() == pytest.approx(same.item(), rel=1e-5)
+    for name, array in kept.items():
+        expected = np.array(array)
+        np.testing.assert_allclose(
+            np.array(got[name]), expected, atol=1e-5 * np.abs(expected).max()
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,36 +21,9 @@ from tests.harness import (
     write_shards,
 )
 from tests.servers import Behaviour, http_server
+from tests.training_jobs import SECTIONS, STEPS, STREAM, final_weights, steps_of, training
 
-STEPS = 30
 DOCUMENTS = english(200)
-SECTIONS: dict[str, Any] = {
-    "model": {
-        "dimensions": {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2},
-        "attention": {"num_heads": 2, "num_kv_heads": 1},
-    },
-    "training": {
-        "hyperparameters": {"iters": STEPS, "batch_size": 4, "gradient_accumulation_steps": 2}
-    },
-    "logging": {"steps": {"checkpoint_interval": 7}, "keep_checkpoints": 2},
-    "tokenizer": {"vocab_size": 600},
-    "system": {"seed": 3},
-}
-STREAM: dict[str, Any] = {"lanes": 3, "shuffle": True, "epochs": None, "workers": 2}
-
-
-def training(folder: Path, shards: list[Any], **changes: Any) -> Any:
-    return job(folder, shards, kind="train", **SECTIONS, **(STREAM | changes))
-
-
-def steps_of(folder: Path) -> dict[int, tuple[str, float]]:
-    """Batch hash and loss of every step; a step that was done twice must have been the same."""
-    seen: dict[int, tuple[str, float]] = {}
-    for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        now = record["batch_hash"], record["loss"]
-        assert seen.setdefault(record["step"], now) == now, f"step {record['step']} differs"
-    return seen
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +40,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: list[Path]) 
     return steps_of(folder), final_weights(folder)
 
 
-def final_weights(folder: Path) -> dict[str, bytes]:
-    """Every array of the last checkpoint, weights and optimizer, by name; the order of arrays in
-    the files is not MLX's to promise."""
-    newest = folder / "run" / "checkpoints" / f"step-{STEPS:08d}"
-    arrays: dict[str, bytes] = {}
-    for path in newest.glob("*.safetensors"):
-        raw = path.read_bytes()
-        size = int.from_bytes(raw[:8], "little")
-        for name, entry in json.loads(raw[8 : 8 + size]).items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                arrays[name] = raw[8 + size + begin : 8 + size + end]
-    assert len(arrays) > 20
-    return arrays
-
-
 def test_every_step_is_logged_and_checkpoints_are_bounded(tmp_path: Path, uninterrupted: Any,
                                                           shards: list[Path]) -> None:  # fmt: skip
     steps, weights = uninterrupted
@@ -97,37 +53,6 @@ def test_every_step_is_logged_and_checkpoints_are_bounded(tmp_path: Path, uninte
     for word in ("loss", "ppl", "tok/s", "tokens", "lr", "disk", "data wait"):
         assert word in log
     assert summary["tokens"] == STEPS * 8 * 64
-
-
-KILLS = [
-    ("trainer", "trainer:step", 11),
-    ("trainer", "checkpoint:mid_write", 1),
-    ("trainer", "checkpoint:before_rename", 2),
-    ("trainer", "checkpoint:after_rename", 2),
-    ("trainer", "before_send:CheckpointWritten", 1),
-    ("trainer", "before_send:CursorWanted", 2),
-    ("trainer", "received:CursorIs", 2),
-    ("trainer", "mid_send:StepDone", 9),
-    ("tokenizer", "tokenizer:mid_place", 4),
-    ("decompressor", "decompressor:mid_block", 5),
-]
-
-
-@pytest.mark.parametrize(("role", "point", "count"), KILLS)
-def test_a_death_changes_no_batch_no_loss_and_no_weight(
-    tmp_path: Path, shards: list[Path], uninterrupted: Any, role: str, point: str, count: int
-) -> None:
-    latch = tmp_path / "fired"
-    summary = run(
-        tmp_path,
-        training(tmp_path, shards),
-        FINEWEB_FAULT=f"kill:{role}:{point}:{count}:{latch}",
-    )
-    assert latch.exists(), "the kill did not happen"
-    assert summary["restarts"] == 1
-    steps, weights = uninterrupted
-    assert steps_of(tmp_path) == steps
-    assert final_weights(tmp_path) == weights
 
 
 @pytest.mark.parametrize("point", ["trainer:step", "checkpoint:mid_write"])

@@ -29,7 +29,9 @@ def read_files(folder: Path, token_bytes: int) -> tuple[np.ndarray, list[int]]:
     return np.concatenate(parts) if parts else np.zeros(0, dtype), [len(p) for p in parts]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     token_bytes=st.sampled_from([2, 4]),
     file_tokens=st.integers(1, 50),

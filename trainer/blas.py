@@ -27,6 +27,7 @@ def preload() -> str:
     folder = Path(sys.prefix) / "lib"
     openmp, mkl = folder / "libiomp5.so", sorted(folder.glob("libmkl_rt.so*"))
     if mkl and openmp.exists() and _load(str(openmp)) and _load(str(mkl[-1])):
+        _unregister(str(openmp))
         return "MKL of this environment"
     return (
         "reference BLAS, slow: `pip install mkl` or `apt-get install libopenblas0` is 15 × as fast"
@@ -39,6 +40,14 @@ def _load(name: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _unregister(openmp: str) -> None:
+    """Intel's OpenMP enters itself in /dev/shm and takes that back at its exit only, so a process
+    that is killed leaves the entry for ever: take it back now. It serves to find two copies of
+    OpenMP in one process."""
+    ctypes.CDLL(openmp).omp_get_max_threads()  # this makes it initialize itself
+    Path(f"/dev/shm/__KMP_REGISTERED_LIB_{os.getpid()}_{os.getuid()}").unlink(missing_ok=True)
 
 
 def reproducible() -> None:

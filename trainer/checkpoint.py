@@ -12,7 +12,6 @@ moves it, which must not happen under a running kernel: there the snapshot is a 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
@@ -23,7 +22,7 @@ import mlx.core as mx
 import msgspec
 import numpy as np
 
-from pipeline import checkpoints
+from pipeline import checkpoints, durable
 from pipeline.checkpoints import CheckpointState
 from pipeline.config import Logging, to_plain
 from pipeline.errors import ShardError
@@ -92,7 +91,7 @@ def write(one: Snapshot, run_dir: Path, log: Logging) -> tuple[Path, int]:
         OSError: the disk is full, or gone; what was written of it is deleted by clean().
     """
     folder = run_dir / checkpoints.FOLDER
-    folder.mkdir(exist_ok=True)
+    durable.make_folder(folder)
     clean(run_dir)
     checkpoints.prune(run_dir, log)
     target = folder / checkpoints.name(one.state.step)
@@ -103,14 +102,13 @@ def write(one: Snapshot, run_dir: Path, log: Logging) -> tuple[Path, int]:
         faultpoint("checkpoint:mid_write")
     with (partial / checkpoints.STATE_FILE).open("wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(one.state)))
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(partial)
+        durable.sync(file)
+    durable.sync_folder(partial)
     faultpoint("checkpoint:before_rename")
     if target.exists():  # the same step again, after a resume: the newer one counts
         shutil.rmtree(target)
     partial.rename(target)
-    _sync(folder)
+    durable.sync_folder(folder)
     faultpoint("checkpoint:after_rename")
     checkpoints.prune(run_dir, log)
     return target, checkpoints.size_bytes(run_dir)
@@ -131,8 +129,7 @@ def _write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for array in arrays.values():
             file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
+        durable.sync(file)
 
 
 class Writer:
@@ -214,11 +211,3 @@ def clean(run_dir: Path) -> None:
     """Delete what a death or a full disk has left of unfinished checkpoints."""
     for path in (run_dir / checkpoints.FOLDER).glob("step-*.partial"):
         shutil.rmtree(path)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

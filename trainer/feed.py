@@ -142,9 +142,25 @@ class Feed:
 
     def cursor(self, positions: list[int]) -> Cursor:
         """The supervisor's cursor for these lane positions."""
+        return self._cursor(positions).cursor
+
+    def _cursor(self, positions: list[int]) -> CursorIs:
         self._requests += 1
         self._channel.send(CursorWanted(self._requests, tuple(positions)))
-        return self._answer(CursorIs).cursor
+        return self._answer(CursorIs)
+
+    def provenance(self, begin: list[int], end: list[int]) -> list[str]:
+        """Where the windows between these lane positions come from, a line a lane: shard, block
+        and token of the first. None of them may lie before the last cursor."""
+        answer = self._cursor(begin)
+        return [
+            f"lane {lane}, windows {start // self._T} to {stop // self._T - 1}: "
+            f"{shard}, block {at.block}, token {at.token}"
+            for lane, (start, stop, shard, at) in enumerate(
+                zip(begin, end, answer.shards, answer.cursor.lanes, strict=True)
+            )
+            if start != stop
+        ]
 
     def reserve(self, size_bytes: int) -> None:
         """Wait until a checkpoint's bytes are set aside."""

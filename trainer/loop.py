@@ -17,13 +17,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from pipeline.config import Config
-from pipeline.errors import FinewebError
+from trainer import guards, optim, schedule
 from trainer import model as llama
-from trainer import optim, schedule
+from trainer.errors import BadUpdatesError
 from trainer.model import Llama
 from trainer.optim import Arrays, State
-
-MAX_SKIPPED = 8  # updates in a row that may be skipped for a loss or gradient that is not finite
 
 
 class Report(NamedTuple):
@@ -42,29 +40,39 @@ class Loop:
         config: The run's configuration.
         vocab_size: Of the tokenizer.
         dtype: To compute in.
+        eot: The token that every document begins with; needed where documents are masked.
     """
 
-    def __init__(self, config: Config, vocab_size: int, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, config: Config, vocab_size: int, dtype: mx.Dtype, eot: int | None = None
+    ) -> None:
         self.config, self.dtype = config, dtype
         self.hyper = config.training.hyperparameters
+        assert self.hyper.batch_size != "auto", "trainer/sizing.py settles it"
+        self.batch_windows = self.hyper.batch_size
+        self.eot = eot if config.data.preprocessing.mask_documents else None
         self.model = Llama(config.model, vocab_size)
         mx.random.seed(config.system.seed)
         llama.initialize(self.model, config.model)
         self.weights: Arrays = dict(tree_flatten(self.model.parameters()))
         self.state: State = optim.init(self.weights, config.training.optimization)
+        self.state["guard"] = guards.init()
+        wanted = config.system.chunked_loss
+        self._chunked = wanted == "always" or (wanted == "auto" and dtype == mx.float32)
         self.step = 0  # updates done
         self.tokens = 0  # trained on
         self.first_loss: float | None = None
-        self._zeros: Arrays = {name: mx.zeros_like(w) for name, w in self.weights.items()}
-        mx.eval(self.weights, self.state, self._zeros)
+        mx.eval(self.weights, self.state)
         T = config.data.preprocessing.max_context_size
-        self.batch_tokens = self.hyper.batch_size * T
+        self.batch_tokens = self.batch_windows * T
         self.update_tokens = self.batch_tokens * self.hyper.gradient_accumulation_steps
+        # On the CPU nothing is gained by running ahead, and what runs ahead holds memory.
+        self._launch = mx.async_eval if mx.default_device() == mx.gpu else mx.eval
+        self._first = mx.compile(self._gradients)
         self._micro = mx.compile(self._micro_step)
         self._apply = mx.compile(self._apply_step)
         self._ready: Report | None = None  # the update before the newest one
         self._pending: Report | None = None  # the newest one
-        self._skipped_in_a_row = self.skipped = 0
         self._launched_at = time.perf_counter()
 
     # ── the two steps, pure ─────────────────────────────────────────────────────────────────
@@ -73,35 +81,46 @@ class Loop:
         """Mean cross-entropy of the whole update's share of this batch."""
         here = llama.as_dtype(weights, self.dtype)
         self.model.update(tree_unflatten(list(here.items())))
-        return llama.loss_sum(self.model, rows_BT1, self.dtype) / self.update_tokens
+        recompute = self.config.system.activation_checkpointing
+        options = {"eot": self.eot, "recompute": recompute}
+        if self._chunked:
+            return llama.loss_sum_chunked(self.model, rows_BT1, **options) / self.update_tokens
+        losses = llama.losses(self.model, rows_BT1, self.dtype, **options)
+        return losses.sum() / self.update_tokens
+
+    def _gradients(self, weights: Arrays, rows: list[mx.array]) -> tuple[Arrays, mx.array]:
+        """Gradient, float32, and loss of one batch, given as B windows of shape (T + 1,)."""
+        loss, gradients = mx.value_and_grad(self._loss)(weights, mx.stack(rows))
+        return gradients, loss
 
     def _micro_step(
         self, weights: Arrays, accumulated: Arrays, loss: mx.array, rows: list[mx.array]
     ) -> tuple[Arrays, mx.array]:
-        """Add the gradient and loss of one batch, given as B windows of shape (T + 1,)."""
-        one, gradients = mx.value_and_grad(self._loss)(weights, mx.stack(rows))
+        """Add those of one more batch."""
+        gradients, one = self._gradients(weights, rows)
         return {name: accumulated[name] + gradients[name] for name in accumulated}, loss + one
 
     def _apply_step(
         self, weights: Arrays, state: State, gradients: Arrays, loss: mx.array, rate: mx.array
     ) -> tuple[Arrays, State, dict[str, mx.array]]:
-        """Clip and update; where loss or gradient is not finite, everything stays as it was."""
+        """Clip and update; where trainer/guards.py says no, everything stays as it was."""
         norm = optim.global_norm(gradients)
-        finite = mx.isfinite(norm) & mx.isfinite(loss)
+        training = self.config.training
+        apply, guard, said = guards.judge(loss, norm, state["guard"], training.guards)
         clip = self.hyper.gradient_clip
-        factor = mx.minimum(1.0, clip / (norm + 1e-6)) if clip else mx.array(1.0)
-        clipped = {name: g * factor for name, g in gradients.items()}
+        factor = mx.minimum(1.0, clip / (norm + 1e-6))
+        clipped = {name: g * factor for name, g in gradients.items()} if clip else gradients
         new, new_state = optim.apply(
-            weights, clipped, state, rate, self.config.training.optimization, self.hyper, self.dtype
+            weights, clipped, state, rate, training.optimization, self.hyper, self.dtype
         )
-        keep = partial(mx.where, finite)
+        keep = partial(mx.where, apply)
         weights = {name: keep(new[name], weights[name]) for name in weights}
         kept = {
             part: {name: keep(new_state[part][name], array) for name, array in arrays.items()}
             for part, arrays in state.items()
+            if part != "guard"
         }
-        metrics = {"loss": loss, "grad_norm": norm, "finite": finite}
-        return weights, kept, metrics
+        return weights, {**kept, "guard": guard}, {"loss": loss, "grad_norm": norm, **said}
 
     # ── one update ──────────────────────────────────────────────────────────────────────────
 
@@ -117,19 +136,26 @@ class Loop:
         Returns:
             False if the stream ended first: nothing has changed.
         """
-        accumulated, loss = self._zeros, mx.array(0.0)
+        gradients: Arrays = {}
+        loss = mx.array(0.0)
         for _ in range(self.hyper.gradient_accumulation_steps):
             rows = next_batch()
             if rows is None:
                 return False
-            accumulated, loss = self._micro(self.weights, accumulated, loss, rows)
-            mx.async_eval(accumulated, loss)
+            if gradients:
+                gradients, loss = self._micro(self.weights, gradients, loss, rows)
+            else:
+                gradients, loss = self._first(self.weights, rows)
+            self._launch(gradients, loss)
         total = self.hyper.iters
         factor = schedule.multiplier(self.config.training.scheduler, self.step, total)
         self.weights, self.state, arrays = self._apply(
-            self.weights, self.state, accumulated, loss, mx.array(factor)
+            self.weights, self.state, gradients, loss, mx.array(factor)
         )
-        mx.async_eval(self.weights, self.state, arrays)
+        del gradients
+        self._launch(self.weights, self.state, arrays)
+        # without compilation the model would hold on to the weights of before
+        self.model.update(tree_unflatten(list(self.weights.items())))
         self.step += 1
         self.tokens += self.update_tokens
         now = time.perf_counter()
@@ -164,7 +190,8 @@ class Loop:
         loss = float(values["loss"])
         if self.first_loss is None:
             self.first_loss = loss
-        self._count_skipped(report.step, bool(values["finite"]), loss)
+        self._refuse_too_many(report, values)
+        report.facts.pop("positions", None)  # for a BadUpdatesError alone
         wait_s = report.facts.pop("wait_s")
         return {
             "step": report.step,
@@ -174,20 +201,22 @@ class Loop:
             "step_s": step_s,
             "data_wait_share": min(1.0, wait_s / step_s),
             "grad_norm": float(values["grad_norm"]),
-            "skipped_updates": self.skipped,
+            "skipped_updates": int(values["skipped_updates"]),
+            "loss_spikes": int(values["loss_spikes"]),
+            **({"spike_limit": float(values["loss_limit"])} if values["spike"] else {}),
             "memory_active_bytes": mx.get_active_memory(),
             "memory_cache_bytes": mx.get_cache_memory(),
             "memory_peak_bytes": mx.get_peak_memory(),
             **report.facts,
         }
 
-    def _count_skipped(self, step: int, finite: bool, loss: float) -> None:
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        self.skipped += not finite
-        if self._skipped_in_a_row >= MAX_SKIPPED:
-            raise FinewebError(
-                f"{MAX_SKIPPED} updates in a row, the last one {step}, had a loss ({loss}) or "
-                "gradient that is not finite",
-                "lower the learning rate or lengthen the warm-up, and resume from the last "
-                "checkpoint",
-            )
+    def _refuse_too_many(self, report: Report, values: dict[str, Any]) -> None:
+        in_a_row = int(values["skipped_in_a_row"])
+        if in_a_row < self.config.training.guards.max_skipped:
+            return
+        why = "was a spike" if values["finite"] else "or its gradient was not finite"
+        raise BadUpdatesError(
+            f"{in_a_row} updates in a row were skipped, the last one {report.step}: its loss "
+            f"({values['loss']}) {why}",
+            report.facts,
+        )

@@ -71,7 +71,7 @@ def _muon_names(weights: Arrays, config: Optimization) -> set[str]:
 
 def global_norm(arrays: Arrays) -> mx.array:
     """Euclidean norm over all arrays together, float32."""
-    return mx.sqrt(sum((array.astype(mx.float32) ** 2).sum() for array in arrays.values()))
+    return mx.sqrt(sum(mx.square(array.astype(mx.float32)).sum() for array in arrays.values()))
 
 
 def apply(

@@ -16,8 +16,10 @@ from pipeline import checkpoints, encoding
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
 from pipeline.config import Config, from_plain
+from pipeline.errors import is_disk_full
 from pipeline.faults import faultpoint
 from pipeline.messages import (
+    CheckpointFailed,
     CheckpointWritten,
     ConsumerDone,
     ConsumerReady,
@@ -26,6 +28,7 @@ from pipeline.messages import (
 )
 from shm import ring, segment
 from trainer import blas
+from trainer.errors import BadUpdatesError
 from trainer.feed import Feed, StopWanted
 
 # Dense bfloat16 FLOP/s of chips whose maker publishes them; MFU is reported for these alone.
@@ -60,11 +63,11 @@ class _Training:
     ) -> None:
         import mlx.core as mx  # only now: the BLAS has to be there first
 
-        from trainer import checkpoint
+        from trainer import checkpoint, sizing
         from trainer.loop import Loop
 
         self.mx, self.checkpoint = mx, checkpoint
-        self.channel, started = channel, time.monotonic()
+        self.channel = channel
         self.config: Config = from_plain(setup.config)
         self.run_dir = Path(setup.run_dir)
         self.gpu = self._choose_device()
@@ -72,7 +75,9 @@ class _Training:
         self.encoder = encoding.load(tokenizer.name, tokenizer.vocab_size)
         wanted = self.config.system.compute_dtype
         half = wanted == "bfloat16" or (wanted == "auto" and self.gpu)
-        self.loop = Loop(self.config, self.encoder.vocab_size, mx.bfloat16 if half else mx.float32)
+        model = self.encoder.vocab_size, mx.bfloat16 if half else mx.float32, self.encoder.eot
+        self.config = sizing.settle(self.config, *model, setup.checkpoint)
+        self.loop = Loop(self.config, *model)
         checkpoint.clean(self.run_dir)
         checkpoints.prune(self.run_dir, self.config.logging)
         self.writer = checkpoint.Writer(self.run_dir, self.config.logging)
@@ -81,8 +86,6 @@ class _Training:
         memory = segment.attach(descriptors.ring, ring.size_bytes(setup.ring), writable=False)
         T = self.config.data.preprocessing.max_context_size
         self.feed = Feed(channel, ring.Ring(memory, setup.ring), setup.positions, T)
-        if (limit := self.config.system.time_limit_s) is not None:
-            self.feed.deadline_s = started + limit
         self.validation = self._validation(setup, T)
         self.scored = (-1, 0.0)  # step of the newest validation, and its loss
         self.last: dict[str, Any] = {}  # metrics of the newest update
@@ -115,8 +118,9 @@ class _Training:
 
         if setup.validation is None:
             return None
-        tokenizer, batch = self.config.data.tokenizer, self.loop.hyper.batch_size
-        return Validation(Path(setup.validation), tokenizer, self.encoder, T, batch)
+        tokenizer, batch = self.config.data.tokenizer, self.loop.batch_windows
+        eot = self.loop.eot
+        return Validation(Path(setup.validation), tokenizer, self.encoder, T, batch, eot)
 
     def _flops_per_token(self, T: int) -> int:
         from trainer import model
@@ -134,6 +138,7 @@ class _Training:
             "parameters_text": f"{count / 1e6:.1f} M",
             "vocab_size": self.encoder.vocab_size,
             "tokens_per_update": self.loop.update_tokens,
+            "batch_windows": self.loop.batch_windows,
             "first_step": self.loop.step + 1,
         }
         return facts if self.gpu else {**facts, "blas": library}
@@ -143,19 +148,19 @@ class _Training:
     def run(self) -> None:
         """All updates, then the last checkpoint and the summary."""
         loop, total = self.loop, self.loop.hyper.iters
+        if (limit := self.config.system.time_limit_s) is not None:
+            self.feed.deadline_s = time.monotonic() + limit
         ended = False
         while loop.step < total and not self._must_stop():
             try:
                 ended = not loop.update(self._next_batch, self._batch_facts)
+                if ended:
+                    break
+                self._after_update()
             except StopWanted:
                 break
-            if ended:
-                break
-            self.committed = list(self.feed.positions)
-            self._report(loop.metrics())
-            faultpoint("trainer:step")
-            self._between_updates()
-            self.feed.poll()
+            except BadUpdatesError as error:
+                raise self._explained(error) from None
         complete = ended or loop.step >= total
         timed_out = not complete and time.monotonic() >= self.feed.deadline_s
         sample = self._finish(look=complete or timed_out)
@@ -163,6 +168,18 @@ class _Training:
         if timed_out:
             summary["stopped"] = f"time limit of {self.config.system.time_limit_s} s"
         self.channel.send(ConsumerDone(complete, summary))
+
+    def _after_update(self) -> None:
+        self.committed = list(self.feed.positions)
+        self._report(self.loop.metrics())
+        faultpoint("trainer:step")
+        self._between_updates()
+        self.feed.poll()
+
+    def _explained(self, error: BadUpdatesError) -> BadUpdatesError:
+        """The same error with what the last update was trained on."""
+        places = self.feed.provenance(*error.facts["positions"])
+        return BadUpdatesError(f"{error.what}. It was trained on {'; '.join(places)}", {})
 
     def _must_stop(self) -> bool:
         return self.feed.stop is not None or time.monotonic() >= self.feed.deadline_s
@@ -215,12 +232,13 @@ class _Training:
         def upload(window: np.ndarray) -> None:
             rows.append(self.mx.array(window))  # copies: the slot may go
 
-        whole = self.feed.take(self.config.training.hyperparameters.batch_size, upload)
+        whole = self.feed.take(self.loop.batch_windows, upload)
         return rows if whole else None
 
     def _batch_facts(self) -> dict[str, Any]:
         wait_s, self.feed.wait_s = self.feed.wait_s, 0.0
-        return {"batch_hash": self.feed.batch_hash(), "wait_s": wait_s}
+        positions = self.committed, list(self.feed.positions)
+        return {"batch_hash": self.feed.batch_hash(), "wait_s": wait_s, "positions": positions}
 
     def _report(self, metrics: list[dict[str, Any]], look: dict[str, Any] | None = None) -> None:
         """Send metrics of finished updates; what a look says belongs to the newest."""
@@ -249,10 +267,20 @@ class _Training:
         self.loop.pause(time.perf_counter() - begin)
 
     def _settle(self, *, wait: bool) -> None:
-        """Tell of a checkpoint that has been written."""
-        if self.writer.busy and (wait or self.writer.done):
-            state, path, size = self.writer.result()
-            self.channel.send(CheckpointWritten(state.step, str(path), size, state.cursor))
+        """Tell of a checkpoint that has been written; one that met a full disk is written again
+        when the supervisor says so."""
+        while self.writer.busy and (wait or self.writer.done):
+            try:
+                state, path, size = self.writer.result()
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                self.checkpoint.clean(self.run_dir)
+                self.channel.send(CheckpointFailed(f"{self.run_dir}: {error.strerror}"))
+                self.feed.reserve(self.checkpoint.largest_bytes(self.loop))
+                self.writer.begin()
+            else:
+                self.channel.send(CheckpointWritten(state.step, str(path), size, state.cursor))
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────
 

@@ -56,6 +56,7 @@ class Validation:
         encoder: The same.
         seq_len: T; windows do not overlap but for the one token that is target and input.
         batch: Windows at once.
+        eot: Attention stays inside the documents that begin with it; None: it does not.
 
     Raises:
         ConfigError: the file holds less than one window.
@@ -64,7 +65,13 @@ class Validation:
     """
 
     def __init__(
-        self, path: Path, tokenizer: Tokenizer, encoder: Encoder, seq_len: int, batch: int
+        self,
+        path: Path,
+        tokenizer: Tokenizer,
+        encoder: Encoder,
+        seq_len: int,
+        batch: int,
+        eot: int | None = None,
     ) -> None:
         tokens = read_tokens(path)
         if len(tokens) <= seq_len:
@@ -74,7 +81,7 @@ class Validation:
             )
         windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
         self._windows = np.ascontiguousarray(windows)
-        self._batch = batch
+        self._batch, self._eot = batch, eot
         self._lengths = mx.array(token_bytes(tokenizer, encoder))
 
     @property
@@ -96,10 +103,7 @@ class Validation:
     def _sums_of(self, model: Llama, rows_BT1: mx.array, dtype: mx.Dtype) -> list[float]:
         """Nats of all targets, nats and bytes of those that are text."""
         targets = rows_BT1[:, 1:]
-        logits = model(rows_BT1[:, :-1])
-        if dtype == mx.float32:
-            logits = logits.astype(mx.float32)
-        nats = mx.fast.cross_entropy(logits, targets).astype(mx.float32)
+        nats = llama.losses(model, rows_BT1, dtype, eot=self._eot)
         lengths = self._lengths[targets]
         sums = [nats.sum(), (nats * (lengths > 0)).sum(), lengths.sum().astype(mx.float32)]
         return [float(one.item()) for one in sums]

@@ -6,7 +6,7 @@ wait holds up no other.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import xxhash
@@ -30,20 +30,36 @@ from shm import segment, text
 
 
 class _Stream:
-    """One open shard: its blocks from the first that is wanted."""
+    """One open shard: its blocks from the first that is wanted.
+
+    A file of the cache is read once more first, to see that it is what was fetched: not every
+    format has checksums, and it may have been lying there since an earlier run.
+    """
 
     def __init__(self, message: OpenShard, setup: DecompressorSetup) -> None:
-        self.path = message.path
+        self.path, self.name = message.path, message.name
         self.next_block = 0
+        self._verified = False
         self._skip, self._end = message.skip_blocks, message.end_block
         self._blocks: Generator[BlockData, None, None] = _blocks(message, setup)
 
-    def advance(self) -> BlockData | None:
-        """The next block, passing over those that were handed over before."""
+    def advance(self, working: Callable[[], None]) -> BlockData | None:
+        """The next block, passing over those that were handed over before.
+
+        Args:
+            working: Called now and then: what is passed over takes long.
+
+        Raises:
+            ShardError: the file is damaged.
+        """
+        if not self._verified and _differs_from_fetched(Path(self.path), working):
+            raise ShardError(f"{self.name}: its file in the cache is not what was fetched")
+        self._verified = True
         while self.next_block < self._skip:
             if next(self._blocks, None) is None:
                 return None
             self.next_block += 1
+            working()
         if self.next_block == self._end:
             return None
         return next(self._blocks, None)
@@ -101,7 +117,7 @@ class Decompressor:
     def _fill(self, message: FillBlock) -> None:
         stream = self._streams[message.stream]
         try:
-            block = stream.advance()
+            block = stream.advance(self._channel.working)
         except ShardError as error:
             self._streams.pop(message.stream).close()
             self._channel.send(
@@ -111,7 +127,7 @@ class Decompressor:
                     block=stream.next_block,
                     what=error.what,
                     remedy=error.remedy,
-                    cache_damaged=_differs_from_fetched(Path(stream.path)),
+                    cache_damaged=_differs_from_fetched(Path(stream.path), self._channel.working),
                 )
             )
             return
@@ -146,15 +162,20 @@ class Decompressor:
         stream.next_block += 1
 
 
-def _differs_from_fetched(path: Path) -> bool:
-    """Whether a file of the cache is not what was fetched; a user's own file never is."""
+def _differs_from_fetched(path: Path, working: Callable[[], None]) -> bool:
+    """Whether a file of the cache is not what was fetched, or not there; a user's own file never
+    is."""
     entry = cache.parse(path.name)
     if entry is None or entry.digest is None:
         return False
-    with path.open("rb") as file:
-        digest = xxhash.xxh3_64()
-        while data := file.read(1 << 20):
-            digest.update(data)
+    digest = xxhash.xxh3_64()
+    try:
+        with path.open("rb") as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+                working()
+    except FileNotFoundError:
+        return True
     return digest.hexdigest() != entry.digest
 
 

@@ -22,8 +22,10 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
+from pipeline import durable
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
+from pipeline.errors import ShardError
 from pipeline.faults import faultpoint
 from pipeline.messages import (
     ConsumerDone,
@@ -57,11 +59,18 @@ class WriterState(msgspec.Struct, frozen=True):
 
 
 def read_state(out_dir: Path) -> WriterState | None:
-    """The state of an earlier run in this folder, or None. Runs in: supervisor, writer."""
+    """The state of an earlier run in this folder, or None. Runs in: supervisor, writer.
+
+    Raises:
+        ShardError: its file cannot be read.
+    """
+    path = out_dir / STATE_FILE
     try:
-        return msgspec.json.decode((out_dir / STATE_FILE).read_bytes(), type=WriterState)
+        return msgspec.json.decode(path.read_bytes(), type=WriterState)
     except FileNotFoundError:
         return None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ShardError(f"{path} is damaged: {error}", "start over with --fresh") from error
 
 
 def file_name(index: int) -> str:
@@ -144,7 +153,10 @@ class TokenFiles:
                 self._file.write(header(0, self._token_bytes))
             take = min(len(tokens) - done, self._file_tokens - self.tokens % self._file_tokens)
             piece = np.ascontiguousarray(tokens[done : done + take])
-            self._file.write(memoryview(piece).cast("B"))
+            half = len(piece) // 2
+            self._file.write(memoryview(piece[:half]).cast("B"))
+            faultpoint("writer:mid_write")
+            self._file.write(memoryview(piece[half:]).cast("B"))
             self.sha256.update(memoryview(piece).cast("B"))
             self.tokens += take
             done += take
@@ -154,8 +166,7 @@ class TokenFiles:
     def sync(self) -> None:
         """Make everything written so far durable."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            durable.sync(self._file)
 
     def close(self) -> None:
         """Finish the file that is being written: header, fsync, rename."""
@@ -167,7 +178,9 @@ class TokenFiles:
         self.sync()
         self._file.close()
         self._file = None
+        faultpoint("writer:before_close")
         self._path(index, partial=True).rename(self._path(index))
+        faultpoint("writer:after_close")
 
 
 class Reader:
@@ -255,10 +268,11 @@ def _save(out_dir: Path, state: WriterState) -> None:
     partial = out_dir / f"{STATE_FILE}.partial"
     with partial.open("wb") as file:
         file.write(msgspec.json.encode(state))
-        file.flush()
-        os.fsync(file.fileno())
+        durable.sync(file)
+    durable.sync_folder(out_dir)  # the token files' names, which the state speaks of
     faultpoint("writer:before_rename")
     partial.rename(out_dir / STATE_FILE)
+    faultpoint("writer:after_rename")
 
 
 def main(channel: Channel, descriptors: Descriptors) -> None:
@@ -279,6 +293,7 @@ def main(channel: Channel, descriptors: Descriptors) -> None:
 
     def save(complete: bool) -> None:
         files.sync()
+        faultpoint("writer:after_sync")
         _save(out_dir, WriterState(reader.cursor(), files.tokens, documents, complete))
 
     saved = reported = monotonic()

@@ -84,9 +84,7 @@ def work_conserving(gen: Generation) -> None:
     _prefetches(gen, state)
 
 
-def _nobody(
-    able: list[Worker], role: str, idle: Callable[[Worker], bool], what: str
-) -> None:
+def _nobody(able: list[Worker], role: str, idle: Callable[[Worker], bool], what: str) -> None:
     for worker in able:
         if worker.role == role and idle(worker):
             raise Violation(f"{what}, and {worker.name} is idle")
@@ -213,8 +211,10 @@ def skip(gen: Generation, one: Skip) -> None:
         raise Violation(f"{one} leaves out what was read: the stream is at {stream.at}")
     if len(gen.scheduler.state.skips) > gen.scheduler.state.plan.max_bad_shards:
         raise Violation(f"{one} is one more than is allowed")
-    if gen.sim.blame[stream.shard_at(one.sequence)] < 3:
+    shard = stream.shard_at(one.sequence)
+    if gen.sim.blame[shard] < 3:
         raise Violation(f"{one} has no cause")
+    gen.sim.killed_by[shard] = 0
 
 
 def explained(gen: Generation, error: FinewebError) -> None:
@@ -245,8 +245,10 @@ def _has_cause(gen: Generation, error: FinewebError) -> bool:
             return named is not None and (full or known) and sim.blame[int(named[1])] >= 3
         case _:
             named = re.search(r"shard-(\d+), block (\d+)", error.what)
-            return named is not None and (int(named[1]), int(named[2])) in sim.other_tokens and (
-                world.epochs == 1
+            return (
+                named is not None
+                and (int(named[1]), int(named[2])) in sim.other_tokens
+                and (world.epochs == 1)
             )
 
 

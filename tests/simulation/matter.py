@@ -108,9 +108,7 @@ class SimRing:
         self.C = world.seq_len * world.slot_windows
         self.slots = world.ring_slots
         C = self.C
-        self.cells = [
-            [[-1] * (C + 1) for _ in range(self.slots)] for _ in range(world.lanes)
-        ]
+        self.cells = [[[-1] * (C + 1) for _ in range(self.slots)] for _ in range(world.lanes)]
         self.released = [position // C for position in positions]
         self.valid = list(positions)  # tokens before this were published
 

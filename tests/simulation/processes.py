@@ -266,9 +266,7 @@ class Decompressor(Process):
         elif number in (len(shard.blocks), stream.end):
             self._close(self.streams.pop(message.stream))
             num_bad = 0 if number == stream.end else shard.end_bad
-            self.send(
-                ShardEnded(message.stream, message.slot, number, num_bad, (_BAD,) * num_bad)
-            )
+            self.send(ShardEnded(message.stream, message.slot, number, num_bad, (_BAD,) * num_bad))
         else:
             self._write(message, stream, number)
 
@@ -358,6 +356,4 @@ class Tokenizer(Process):
         self.send(Placed(message.block, message.first, message.count))
 
 
-KINDS: dict[str, type[Process]] = {
-    kind.role: kind for kind in (Fetcher, Decompressor, Tokenizer)
-}
+KINDS: dict[str, type[Process]] = {kind.role: kind for kind in (Fetcher, Decompressor, Tokenizer)}

@@ -31,7 +31,9 @@ def dealt(world: World, epoch: int) -> list[list[int]]:
     """The shards of every lane in one epoch."""
     order = list(range(len(world.shards)))
     if world.shuffle is not None:
-        order.sort(key=lambda s: (xxhash.xxh3_64_intdigest(f"{world.shuffle}:{epoch}:{s}".encode()), s))
+        order.sort(
+            key=lambda s: (xxhash.xxh3_64_intdigest(f"{world.shuffle}:{epoch}:{s}".encode()), s)
+        )
     known = [shard.listed for shard in world.shards if shard.listed is not None]
     mean = sum(known) // len(known) if known else 1
     lanes: list[list[int]] = [[] for _ in range(world.lanes)]

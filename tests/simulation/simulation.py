@@ -21,7 +21,7 @@ HANG_S = 20.0
 MAX_STEPS = 12_000
 MAX_GENERATIONS = 16
 _ROOMY = 10_000
-_MAX_DEATHS = 40  # of one shard's doing
+_MAX_DEATHS = 40  # of one shard's doing, before it is left out
 
 
 class Simulation:
@@ -47,6 +47,7 @@ class Simulation:
         self.poison_left = {
             index: shard.poison.deaths for index, shard in enumerate(world.shards) if shard.poison
         }
+        self.killed_by: Counter[int] = Counter()  # deaths since it was last left out
         self.failures = [shard.failures for shard in world.shards]
         self.new_versions: set[int] = set()
         self.other_tokens: set[tuple[int, int]] = set()
@@ -144,9 +145,7 @@ class Simulation:
                 seed=world.shuffle,
                 epochs=world.epochs,
             ),
-            ring=RingLayout(
-                world.lanes, world.ring_slots, world.seq_len * world.slot_windows, 2
-            ),
+            ring=RingLayout(world.lanes, world.ring_slots, world.seq_len * world.slot_windows, 2),
             seq_len=world.seq_len,
             text_slots=world.text_slots,
             cache_dir="",
@@ -191,7 +190,8 @@ class Simulation:
         if poison.at != at or (at not in ("fetch", "open") and poison.block != block):
             return False
         self.poison_left[shard] -= 1
-        if poison.deaths - self.poison_left[shard] > _MAX_DEATHS:
+        self.killed_by[shard] += 1
+        if self.killed_by[shard] > _MAX_DEATHS:
             raise Violation(f"shard {shard} has killed {_MAX_DEATHS} workers, and goes on")
         self.injected[f"poison_{at}"] += 1
         return True
@@ -236,6 +236,8 @@ class Simulation:
                 self.disk_full_until = self.now + arg * 8
             case "new_version":
                 self.new_versions.add(shard)
+            case "server_fails":
+                self.failures[shard] += 1
             case "damage":
                 done = self._damage(arg)
             case "other_tokens":
@@ -302,5 +304,3 @@ class Simulation:
             for shard in sorted(self.disk.whole):
                 if arg * 3 % 1 < 0.5:
                     self.disk.evict(shard)
-
-

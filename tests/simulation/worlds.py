@@ -102,28 +102,27 @@ class World:
         return self.fixed_bytes + self.checkpoints + self.floor * self.lanes + self.extra_bytes
 
 
-FAULTS = (
-    "kill",
-    "kill_before_send",
-    "kill_after_send",
-    "kill_midway",
-    "hang",
-    "hang_at_start",
-    "stall",
-    "disk_full",
-    "new_version",
-    "damage",
+WORKER_FAULTS = ("kill", "kill_before_send", "kill_after_send", "kill_midway", "hang", "stall")
+WORLD_FAULTS = ("hang_at_start", "disk_full", "new_version", "damage", "server_fails", "other_tokens")
+ENDINGS = (
     "consumer_killed",
     "consumer_killed_writing",
+    "consumer_stall",
     "supervisor_killed",
     "machine_down",
     "rewind",
-    "consumer_stall",
     "stop",
     "lose_cache",
-    "other_tokens",
 )
-_COMMON, _ENDINGS = FAULTS[:10], FAULTS[10:]
+# What a world is mostly about: what is rare in the average world is common in one of these.
+_THEMES: dict[str, tuple[str, ...]] = {
+    "anything": (*WORKER_FAULTS, *WORLD_FAULTS, *ENDINGS),
+    "workers": (*WORKER_FAULTS, "hang_at_start"),
+    "little room": ("disk_full", "consumer_stall", "lose_cache", "kill", "stop", "machine_down"),
+    "few shards": ("damage", "damage", "server_fails", "kill", "kill_after_send", "hang"),
+    "bad shards": (*ENDINGS, "server_fails", "kill"),
+    "many resumes": (*ENDINGS, "kill", "new_version"),
+}
 
 
 def draw(seed: int) -> World:
@@ -134,76 +133,75 @@ def draw(seed: int) -> World:
     def upto(most: int) -> int:
         return int(r() * (most + 1))
 
-    shards = tuple(_shard(rng) for _ in range(1 + upto(4)))
+    theme = list(_THEMES)[upto(len(_THEMES) - 1)]
+    few, tight, bad = theme == "few shards", theme == "little room", theme == "bad shards"
+    shards = tuple(_shard(rng, theme) for _ in range(1 + upto(1 if few else 4)))
     lanes = 1 + upto(min(3, len(shards) - 1))
-    seq_len = 1 + upto(3)
-    workers = 1 + upto(2), 1 + upto(2), 1 + upto(2)
     endless = r() < 0.1 and any(block.tokens for shard in shards for block in shard.blocks)
-    num_faults = 0 if r() < 0.2 else upto(9)
-    bad = r() < 0.5
+    some_epochs = 2 + upto(2) if few or r() < 0.3 else 1
+    num_faults = 0 if r() < 0.15 else upto(9)
     return World(
         seed=seed,
         shards=shards,
         lanes=lanes,
-        epochs=None if endless else 1 + (upto(2) if r() < 0.4 else 0),
+        epochs=None if endless else some_epochs,
         shuffle=upto(99) if r() < 0.5 else None,
-        seq_len=seq_len,
+        seq_len=1 + upto(3),
         slot_windows=1 + upto(3),
         ring_slots=2 + upto(2),
         text_slots=lanes + upto(4),
-        fetchers=workers[0],
-        decompressors=workers[1],
-        tokenizers=workers[2],
+        fetchers=1 + upto(2),
+        decompressors=1 + upto(2),
+        tokenizers=1 + upto(2),
         prefetch=upto(3),
-        extra_bytes=-1 - upto(9) if r() < 0.03 else 0 if r() < 0.2 else upto(80),
+        extra_bytes=-1 - upto(9) if r() < 0.02 else upto(30) if tight else upto(80),
         step_bytes=1 + upto(9),
         fixed_bytes=upto(5),
         checkpoint_bytes=upto(12),
         kept=1 + upto(1),
-        understated=upto(12) if r() < 0.3 else 0,
+        understated=upto(12) if tight or r() < 0.2 else 0,
         max_bad_records=99 if r() < 0.7 else upto(3),
-        max_bad_shards=99 if bad else upto(2),
+        max_bad_shards=upto(2) if r() < (0.2 if bad else 0.5) else 99,
         writer=r() < 0.4,
         update_windows=1 + upto(3),
-        checkpoint_every=1 + upto(4),
+        checkpoint_every=1 + upto(1 if theme == "many resumes" else 4),
         stop_after=1 + upto(12) if endless else None,
         slow=tuple(1 if r() < 0.6 else 2 + upto(8) for _ in range(5)),
-        faults=tuple(sorted(_fault(rng) for _ in range(num_faults))),
+        faults=tuple(sorted(_fault(rng, _THEMES[theme]) for _ in range(num_faults))),
     )
 
 
-def _fault(rng: Random) -> Fault:
-    kinds = _COMMON if rng.random() < 0.7 else _ENDINGS
+def _fault(rng: Random, kinds: tuple[str, ...]) -> Fault:
     step = int(2 ** (rng.random() * 8.5))  # early and late ones alike
     return Fault(step, kinds[int(rng.random() * len(kinds))], rng.random())
 
 
-def _shard(rng: Random) -> SimShard:
+def _shard(rng: Random, theme: str) -> SimShard:
     r = rng.random
+    bad = 4 if theme == "bad shards" else 1
     num_blocks = 0 if r() < 0.08 else 1 + int(r() * 4)
-    blocks = tuple(_block(rng) for _ in range(num_blocks))
     size = int(r() * 30)
-    local = r() < 0.12
-    kind = r()
-    unknown, lies = kind < 0.25 and not local, 0.25 <= kind < 0.28 and not local
-    listed = None if unknown else int(r() * 30) if lies else size
+    local = r() < 0.1
+    unknown = r() < (0.7 if theme == "little room" else 0.2) and not local
+    lies = r() < 0.02 * bad and not local and not unknown
     poison = None
-    if r() < 0.05:
+    if r() < 0.04 * bad:
         at = ("fetch", "open", "fill", "encode", "place")[int(r() * 5)]
-        poison = Poison(at, int(r() * (num_blocks + 1)), 99 if r() < 0.2 else 1 + int(r() * 6))
+        block = int(r() * (num_blocks + 1))
+        poison = Poison(at, block, 99 if r() < 0.3 else 1 + int(r() * 6))
     return SimShard(
         size=size,
-        listed=listed,
+        listed=None if unknown else int(r() * 30) if lies else size,
         local=local,
-        blocks=blocks,
-        end_bad=1 if r() < 0.15 else 0,
-        unreadable=int(r() * (num_blocks + 1)) if r() < 0.08 else None,
-        failures=1 + int(r() * 3) if r() < 0.04 else 0,
+        blocks=tuple(_block(rng, 0.06 * bad) for _ in range(num_blocks)),
+        end_bad=1 if r() < 0.1 * bad else 0,
+        unreadable=int(r() * (num_blocks + 1)) if r() < 0.05 * bad else None,
+        failures=1 + int(r() * 3) if r() < 0.03 * bad else 0,
         poison=poison,
     )
 
 
-def _block(rng: Random) -> SimBlock:
+def _block(rng: Random, bad: float) -> SimBlock:
     r = rng.random
     tokens = 0 if r() < 0.08 else 1 + int(r() * r() * 24)
-    return SimBlock(tokens, int(r() * 4), 1 if r() < 0.08 else 0)
+    return SimBlock(tokens, int(r() * 4), 1 if r() < bad else 0)
