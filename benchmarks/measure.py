@@ -99,17 +99,16 @@ def worker_counts() -> list[int]:
 Sets = dict[tuple[str, str], list[Path]]
 
 
-def shard_sets(
-    folder: Path, docs: Path | None, megabytes: int, seed: int, formats: Sequence[str]
-) -> Sets:
-    """Shards of a large and a small run, a quarter as large, by (format, size). No paragraph
-    order of one is in the other, and another seed makes other text."""
+def shard_sets(folder: Path, docs: Path | None, megabytes: int, formats: Sequence[str]) -> Sets:
+    """Shards of a large run and of a small one, a quarter as large and of other text, by
+    (format, size). Nothing that a process learns of a text outlives it, so all rounds share
+    them."""
     originals = corpus.source_documents(docs)
     sets: Sets = {}
-    for size, share, number in (("large", 1, 2 * seed), ("small", 4, 2 * seed + 1)):
-        texts = list(corpus.documents(originals, megabytes * 10**6 // share, number))
+    for size, share, seed in (("large", 1, 1), ("small", 4, 2)):
+        texts = list(corpus.documents(originals, megabytes * 10**6 // share, seed))
         for form in formats:
-            sets[form, size] = corpus.write(folder / f"{size}-{seed}", texts, 8, form)
+            sets[form, size] = corpus.write(folder / size, texts, 8, form)
     return sets
 
 

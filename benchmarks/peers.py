@@ -9,12 +9,12 @@ say how), in an environment of their own:
     python3 -m venv benchmarks/.peers-venv
     benchmarks/.peers-venv/bin/pip install -r benchmarks/peers-requirements.txt
 
-Costs are marginal: a large run minus a small one on other text, new in every round, so that
-start-up and imports cancel and nobody has seen the text. Contestants take turns; medians over the
-rounds are printed, and beside each its floor: the bare decoder and its tokenizer on one core
-(the same decoder for both sides). All ids are required to be the same: in a run before the timed
-ones by sha256 of the token stream with one worker, in the timed ones by their number. Peers
-do not write their tokens or hash them in the timed runs; `tokenize` does both.
+Costs are marginal: a large run minus a small one on other text, so that start-up and imports
+cancel; every run is new processes that have not seen the text. Contestants take turns; medians
+over the rounds are printed, and beside each its floor: the bare decoder and its tokenizer on one
+core (the same decoder for both sides). All ids are required to be the same: before the timed
+runs by sha256 of the token stream with one worker, in them by their number. Peers neither write
+nor hash their tokens in the timed runs; `tokenize` does both.
 
 The picture is benchmarks/pictures/peers.png.
 """
@@ -98,17 +98,16 @@ def one_round(keys: list[Key], sets: Sets) -> dict[Key, Costs]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All rounds; medians by contestant, and floors by format."""
     keys, found, floors = contestants(args.formats, args.workers), {}, {}
-    for number in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            sets = measure.shard_sets(Path(folder), args.docs, args.megabytes, number, args.formats)
-            if number == 0:
-                check(keys, sets)
-                print("all token streams have the same sha256", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        sets = measure.shard_sets(Path(folder), args.docs, args.megabytes, args.formats)
+        check(keys, sets)
+        print("all token streams have the same sha256", flush=True)
+        for number in range(args.rounds):
             for key, costs in one_round(keys, sets).items():
                 found.setdefault(key, []).append(costs)
             for form in args.formats:
                 floors.setdefault(form, []).append(measure.floor(form, sets))
-        print(f"round {number + 1} of {args.rounds} done", flush=True)
+            print(f"round {number + 1} of {args.rounds} done", flush=True)
     return {
         "machine": measure.machine(),
         "runs": [
@@ -171,7 +170,7 @@ def report(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--docs", type=Path, help="folder of parquet files with a text column")
-    parser.add_argument("--megabytes", type=int, default=96, help="text of the large run")
+    parser.add_argument("--megabytes", type=int, default=192, help="text of the large run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--formats", nargs="*", default=list(corpus.FORMATS))

@@ -63,18 +63,17 @@ def one_round(keys: list[Key], sets: Sets, urls: dict[tuple[str, str], str]) -> 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All rounds; the medians by contestant and the floors by format."""
     keys, found, floors = contestants(args.formats), {}, {}
-    for number in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            sets = measure.shard_sets(Path(folder), args.docs, args.megabytes, number, args.formats)
-            urls = {
-                key: stack.enter_context(demo.served(paths[0].parent))[0]
-                for key, paths in sets.items()
-            }
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        sets = measure.shard_sets(Path(folder), args.docs, args.megabytes, args.formats)
+        urls = {
+            key: stack.enter_context(demo.served(paths[0].parent))[0] for key, paths in sets.items()
+        }
+        for number in range(args.rounds):
             for key, costs in one_round(keys, sets, urls).items():
                 found.setdefault(key, []).append(costs)
             for form in args.formats:
                 floors.setdefault(form, []).append(measure.floor(form, sets))
-        print(f"round {number + 1} of {args.rounds} done", flush=True)
+            print(f"round {number + 1} of {args.rounds} done", flush=True)
     return {
         "machine": measure.machine(),
         "runs": [
@@ -146,7 +145,7 @@ def _goals(floors: dict[str, Costs], runs: list[Costs]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--docs", type=Path, help="folder of parquet files with a text column")
-    parser.add_argument("--megabytes", type=int, default=96, help="text of the large run")
+    parser.add_argument("--megabytes", type=int, default=256, help="text of the large run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--formats", nargs="*", default=list(corpus.FORMATS))
     result = run(parser.parse_args())
