@@ -223,7 +223,7 @@ def batches(cover: dict[Point, Scenario], count: int) -> Iterator[tuple[Scenario
     waiting: dict[tuple[str, bool], list[Kill]] = {}
     for point, scenario in cover.items():
         kill = Kill(point, count)
-        if point.role == SUPERVISOR or point.name in _LAST or scenario.codes or scenario.own_deaths:
+        if point.role == SUPERVISOR or point.name in _LAST or scenario.once:
             yield scenario, [kill]
         else:
             consumer = point.role in ("writer", "trainer")

@@ -108,6 +108,11 @@ class Scenario:
     codes: tuple[int, ...] = ()
     own_deaths: int = 0
 
+    @property
+    def once(self) -> bool:
+        """Whether what makes this run special happens once, so that it takes one kill."""
+        return self.faults is not _no_faults
+
 
 def _tokenize(shards: Callable[[World], list[str]], **changes: Any) -> Callable[..., Job]:
     settings: dict[str, Any] = {
