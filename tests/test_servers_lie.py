@@ -240,3 +240,14 @@ def test_an_unknown_certificate_is_refused(
             catalog.build([f"{wrong_host}/{NAME}"], OPTIONS)
         Fetched(tmp_path / "cache", f"{url}/{NAME}").ok()
     http_source._pool.cache_clear()
+
+
+def test_addresses_that_differ_in_their_query_alone_are_two_shards(
+    served: tuple[str, Behaviour, Path],
+) -> None:
+    """Their names hide the query: they must not share a file in the cache."""
+    urls = [f"{served[0]}/{NAME}?part={part}" for part in (1, 2)]
+    one, two = catalog.build(urls, OPTIONS)
+    assert one.name == f"{served[0]}/{NAME}"
+    assert two.name == f"{one.name} (2)"
+    assert one.key != two.key
