@@ -13,16 +13,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks import corpus
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "runs" / "benchmarks"
+_LOOK_S = 0.05
 Run = dict[str, Any]
 Costs = dict[str, Any]
 
@@ -38,6 +42,55 @@ def program(*arguments: str | Path) -> Run:
     """
     command = [Path(sys.executable).parent / "fineweb-pipeline", *arguments, "--json", "--plain"]
     return json_of([str(one) for one in command])
+
+
+def role(process: psutil.Process) -> str:
+    """What a process of the program is. Raises: psutil.Error: it has ended."""
+    command = process.cmdline()
+    if not command:  # a zombie has none
+        raise psutil.NoSuchProcess(process.pid)
+    child = "pipeline.child"
+    return command[command.index(child) + 1] if child in command else "supervisor"
+
+
+class Watch:
+    """CPU seconds by role of what this process starts, looked at 20 times a second from a thread:
+    what a process does after the last look is missing, the same in a large run and a small one."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[str, float]] = {}
+        self._others = {one.pid for one in psutil.Process().children(recursive=True)}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        me = psutil.Process()
+        while not self._over.wait(_LOOK_S):
+            for process in me.children(recursive=True):
+                if process.pid not in self._others:
+                    self._look(process)
+
+    def _look(self, process: psutil.Process) -> None:
+        try:
+            times = process.cpu_times()
+            self._seen[process.pid] = role(process), times.user + times.system
+        except psutil.Error:  # it has just ended: the look before counts
+            return
+
+    def by_role(self) -> dict[str, float]:
+        """The account so far."""
+        total: dict[str, float] = {}
+        for name, seconds in self._seen.values():
+            total[name] = total.get(name, 0.0) + seconds
+        return total
 
 
 def json_of(command: Sequence[str], environment: dict[str, str] | None = None) -> Run:
@@ -58,13 +111,15 @@ def json_of(command: Sequence[str], environment: dict[str, str] | None = None) -
 
 
 def tokenize(shards: Iterable[str | Path], workers: int, *more: str) -> Run:
-    """`tokenize` into a folder that is deleted again."""
+    """`tokenize` into a folder that is deleted again; its result, and cpu_s_by_stage."""
     arguments = [part for shard in shards for part in ("--shards", str(shard))]
     out = Path(tempfile.mkdtemp())
     try:
-        return program(
-            "tokenize", *arguments, "--out", out / "tokens", "--workers", str(workers), *more
-        )
+        with Watch() as watch:
+            result = program(
+                "tokenize", *arguments, "--out", out / "tokens", "--workers", str(workers), *more
+            )
+        return {**result, "cpu_s_by_stage": watch.by_role()}
     finally:
         shutil.rmtree(out)
 

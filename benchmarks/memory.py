@@ -52,19 +52,12 @@ def server(docs: Path | None) -> Iterator[str]:
         process.wait()
 
 
-def role(process: psutil.Process) -> str:
-    """What a process of the program is."""
-    command = process.cmdline()
-    child = "pipeline.child"
-    return command[command.index(child) + 1] if child in command else "supervisor"
-
-
 def sample(supervisor: psutil.Process) -> dict[str, int]:
     """PSS by role, in bytes; processes that are just starting or ending are left out."""
     found: dict[str, int] = {}
     for process in (supervisor, *supervisor.children(recursive=True)):
         try:
-            size, name = process.memory_full_info().pss, role(process)
+            size, name = process.memory_full_info().pss, measure.role(process)
         except psutil.Error:
             continue
         found[name] = found.get(name, 0) + size
