@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.errors import ShardError
 from pipeline.messages import BadRecord
 
 _NAMED_BAD = 100  # bad records that a block names; the rest is only counted
@@ -90,22 +89,19 @@ def blocks(
         left to report.
 
     Raises:
-        ShardError: what documents has raised, behind a block of what came before.
+        ShardError: what documents has raised. The block that was being gathered is lost with the
+            rest of the shard: it would be another one if the shard healed, and a resume could not
+            make the same choice.
     """
     gathering = _Gathering(block_bytes, max_documents, cut)
-    try:
-        for document in documents:
-            match document:
-                case bytes():
-                    yield from gathering.add(document)
-                case Texts():
-                    yield from gathering.add_all(document)
-                case BadRecord():
-                    gathering.skip(document)
-    except ShardError:  # what was whole before the damage is kept
-        if gathering.block.lengths:
-            yield gathering.block
-        raise
+    for document in documents:
+        match document:
+            case bytes():
+                yield from gathering.add(document)
+            case Texts():
+                yield from gathering.add_all(document)
+            case BadRecord():
+                gathering.skip(document)
     if gathering.block.lengths or gathering.block.num_bad:
         yield gathering.block
 

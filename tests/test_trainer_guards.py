@@ -146,6 +146,7 @@ def test_the_time_limit_checkpoints_and_says_resume(tmp_path: Path) -> None:
     hyper = {**SECTIONS["training"]["hyperparameters"], "iters": 100_000}
     sections = {**SECTIONS, "training": {"hyperparameters": hyper}}
     sections["system"] = {"seed": 3, "time_limit_s": 3.0}
+    sections["logging"] = {**SECTIONS["logging"], "max_log_mb": 16.0}  # every update is kept
     process = start(tmp_path, job(tmp_path, shards, kind="train", **sections, **STREAM))
     outcome, err = finish(process)
     assert process.returncode == 75, err
