@@ -103,7 +103,14 @@ class World:
 
 
 WORKER_FAULTS = ("kill", "kill_before_send", "kill_after_send", "kill_midway", "hang", "stall")
-WORLD_FAULTS = ("hang_at_start", "disk_full", "new_version", "damage", "server_fails", "other_tokens")
+WORLD_FAULTS = (
+    "hang_at_start",
+    "disk_full",
+    "new_version",
+    "damage",
+    "server_fails",
+    "other_tokens",
+)
 ENDINGS = (
     "consumer_killed",
     "consumer_killed_writing",
