@@ -11,7 +11,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline import placing
@@ -96,13 +96,6 @@ _UNWANTED = World(  # a shard ahead whose fetch fails when it has been given up 
     slow=(1, 1, 1, 1, 1),
     faults=(),
 )
-_NO_STEP_LEFT = replace(
-    _UNWANTED,
-    shards=(SimShard(27, None, False, ()), SimShard(25, 25, False, ())),
-    extra_bytes=6,
-    step_bytes=9,
-)
-
 PLANTED = (
     Mutant("a dead tokenizer's blocks are lost", Placing, "died",
            "self.filling.pending.append(block)", "pass"),
@@ -217,6 +210,4 @@ FOUND = (
            "if plan.lanes.endless and", "if False and", first=600),
     Mutant("a block that is half consumed is left out", Fetching, "skip_rest",
            "if consumed or", "if", first=400),
-    Mutant("a shard of unknown length gets whole steps or nothing", Fetching, "_grow",
-           "if current and not fits:", "if False:", world=_NO_STEP_LEFT),
 )  # fmt: skip
