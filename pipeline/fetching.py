@@ -322,7 +322,12 @@ class Fetching:
         if not state.confirmed and want > self.floor:
             return  # only when it is sure what checkpoints need
         current = bool(file.users & self._currents())
-        if self._fits(file, want) or (current and self._make_room(file, want)):
+        fits = self._fits(file, want) or (current and self._make_room(file, want))
+        if current and not fits:  # the rest of the room, where there is less than a step
+            room = state.plan.budget_bytes - self.charge_bytes()
+            want = min(want, max(file.reserved_bytes, self.floor) + room)
+            fits = want > file.reserved_bytes and self._fits(file, want)
+        if fits:
             file.wants_more = False
             assert file.worker is not None
             state.workers[file.worker].heard = state.now  # it is only now that it has work again

@@ -271,11 +271,8 @@ class Placing:
             ValueError: a position was not published, or lies before an earlier cursor's.
         """
         lanes, totals = [], base.counts
-        for lane, position, start in zip(self.state.lanes, positions, base.lanes, strict=True):
+        for lane, position in zip(self.state.lanes, positions, strict=True):
             records = lane.records
-            if not records and position == start.position:
-                lanes.append(start)  # the block that it points into has yet to come again
-                continue
             while records and records[0].end <= position and len(records) > 1:
                 records.popleft()
             at = _lane_cursor(lane, position)
@@ -313,7 +310,7 @@ def _lane_cursor(lane: Lane, position: int) -> tuple[LaneCursor, tuple[int, int,
             before = record.shards, record.documents, record.text_bytes, record.bad_records
             return at, before
     if position == lane.base and not lane.records:
-        return lane.begin, (0, 0, 0, 0)  # nothing has been read yet
+        return lane.begin, (0, 0, 0, 0)  # the block that it points into has yet to come again
     if position != lane.position:
         raise ValueError(f"lane {lane.index} was never at position {position}")
     # a shard whose last bad records are not counted yet is not behind the cursor

@@ -22,7 +22,7 @@ from pipeline.scheduler import Scheduler
 from pipeline.state import Run
 from tests.simulation.shrink import failure
 from tests.simulation.simulation import Simulation
-from tests.simulation.worlds import draw
+from tests.simulation.worlds import SimShard, World, draw
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Mutant:
     old: str
     new: str
     first: int = 0  # a rare one is looked for from a seed on that is known to find it
+    world: World | None = None  # or in a world that no seed is near
 
     @contextmanager
     def planted(self) -> Iterator[None]:
@@ -61,11 +62,40 @@ class Mutant:
         """The first of so many seeds whose simulation breaks a promise, and which."""
         with self.planted():
             for seed in range(self.first, self.first + seeds):
-                if what := failure(Simulation(draw(seed))):
+                if what := failure(Simulation(self.world or draw(seed))):
                     return seed, what
         return None
 
 
+_UNWANTED = World(  # a shard ahead whose fetch fails when it has been given up for room
+    seed=2150349,
+    shards=(SimShard(27, None, False, ()), SimShard(0, 20, False, ())),
+    lanes=1,
+    epochs=1,
+    shuffle=None,
+    seq_len=1,
+    slot_windows=1,
+    ring_slots=2,
+    text_slots=1,
+    fetchers=2,
+    decompressors=1,
+    tokenizers=3,
+    prefetch=0,
+    extra_bytes=26,
+    step_bytes=8,
+    fixed_bytes=0,
+    checkpoint_bytes=0,
+    kept=1,
+    understated=0,
+    max_bad_records=99,
+    max_bad_shards=2,
+    writer=False,
+    update_windows=1,
+    checkpoint_every=2,
+    stop_after=None,
+    slow=(1, 1, 1, 1, 1),
+    faults=(),
+)
 PLANTED = (
     Mutant("a dead tokenizer's blocks are lost", Placing, "died",
            "self.filling.pending.append(block)", "pass"),
@@ -130,23 +160,27 @@ PLANTED = (
 
 FOUND = (
     Mutant("a cached shard beyond its floor is kept before checkpoints are known", Fetching,
-           "_fits", "self.state.checkpoint_bytes is None and reserved_bytes > self.floor", "False"),
+           "_fits", "self.state.checkpoint_bytes is None and reserved_bytes > self.floor", "False",
+           first=6500),
     Mutant("a shard grows beyond its floor before it is sure what checkpoints need", Fetching,
-           "_grow", "if not state.confirmed and want > self.floor:", "if False:"),
+           "_grow", "if not state.confirmed and want > self.floor:", "if False:", first=6000),
     Mutant("a refused checkpoint is set aside all the same", Fetching, "confirm",
            "self.check_budget(checkpoint_bytes)\n",
-           "state.checkpoint_bytes = checkpoint_bytes; self.check_budget(checkpoint_bytes)\n"),
+           "state.checkpoint_bytes = checkpoint_bytes; self.check_budget(checkpoint_bytes)\n",
+           first=7400),
     Mutant("shards ahead keep what checkpoints turn out to need", Fetching, "confirm",
-           "while (charge := self.charge_bytes()) > state.plan.budget_bytes:", "while False:"),
+           "while (charge := self.charge_bytes()) > state.plan.budget_bytes:", "while False:",
+           first=1300),
     Mutant("a shard ahead is fetched again while its room is needed", Fetching, "attach",
-           "or self._waiting()", ""),
+           "or self._waiting()", "", first=300),
     Mutant("a shard read ahead never makes room", Fetching, "_give_up_ahead",
-           'self.kill(run.worker, "the shard that it reads ahead has to make room")', "pass"),
+           'self.kill(run.worker, "the shard that it reads ahead has to make room")', "pass",
+           first=300),
     Mutant("a file that two lanes share counts twice", Fetching, "charge_bytes",
            "(current if alone else ahead).append(file.reserved_bytes)",
            "(current if alone else ahead).extend([file.reserved_bytes] * max(1, len(file.users)))"),
-    Mutant("the disk is full, and a file that nobody wants stays", Fetching, "failed",
-           "if not file.users:", "if False:"),
+    Mutant("a fetch fails, and a file that nobody wants stays", Fetching, "failed",
+           "if not file.users:", "if False:", world=_UNWANTED),
     Mutant("starved while the reader has slots to free", Scheduler, "_check_not_stuck",
            "elif self._reader_waits():", "else:"),
     Mutant("the wait for bytes counts as silence", Fetching, "_grow",
@@ -155,18 +189,17 @@ FOUND = (
            "or not worker.ready", ""),
     Mutant("a shard left out from a block on is not read up to it", Run, "leave_out",
            "if self.next_block >= self.end_block:\n        self.num_blocks = self.next_block",
-           "self.num_blocks = self.end_block"),
-    Mutant("a block read after its shard was left out is kept", Filling, "filled",
-           "if run.ended:", "if False:"),
+           "self.num_blocks = self.end_block", first=300),
     Mutant("damage found twice is a bad shard", Filling, "unreadable",
-           "if file.state is not FileState.CACHED:", "if False:"),
+           "if file.state is not FileState.CACHED:", "if False:", first=1100),
     Mutant("another stream holds the damaged file open", Filling, "unreadable",
-           'self.fetching.kill(other.worker, "its shard is damaged in the cache")', "pass"),
+           'self.fetching.kill(other.worker, "its shard is damaged in the cache")', "pass",
+           first=200),
     Mutant("a left out block counts its documents", Filling, "_leave_out",
            "block.count, block.digest, block.documents, block.text_bytes = 0, 0, 0, 0",
            "block.count, block.digest = 0, 0"),
     Mutant("the cursor passes bad records at a shard's end", placing, "_lane_cursor",
-           "if not run.all_positioned or run.ended_bad", "if not run.all_positioned"),
+           "if not run.all_positioned or run.ended_bad", "if not run.all_positioned", first=500),
     Mutant("no cursor before the first block", placing, "_lane_cursor",
            "if position == lane.base and not lane.records:", "if False:"),
     Mutant("a block that kills when it is placed is tried for ever", Placing, "died",
@@ -174,5 +207,7 @@ FOUND = (
     Mutant("a worker's deaths in a row are forgotten", Scheduler, "on_death",
            "deaths = worker.deaths + (not worker.killed)", "deaths = 1"),
     Mutant("an endless lane without text is read for ever", Placing, "_look_for_tokens",
-           "if plan.lanes.endless and", "if False and"),
+           "if plan.lanes.endless and", "if False and", first=600),
+    Mutant("a block that is half consumed is left out", Fetching, "skip_rest",
+           "if consumed or", "if", first=400),
 )  # fmt: skip

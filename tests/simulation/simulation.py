@@ -238,7 +238,7 @@ class Simulation:
             case "new_version":
                 self.new_versions.add(shard)
             case "server_fails":
-                self.failures[shard] += 1
+                self.failures[shard] += not self.cured
             case "damage":
                 done = self._damage(arg)
             case "other_tokens":
