@@ -190,6 +190,8 @@ FOUND = (
     Mutant("a shard left out from a block on is not read up to it", Run, "leave_out",
            "if self.next_block >= self.end_block:\n        self.num_blocks = self.next_block",
            "self.num_blocks = self.end_block", first=300),
+    Mutant("a block read after its shard was left out is kept", Filling, "filled",
+           "if run.ended:", "if False:", first=3001000),
     Mutant("damage found twice is a bad shard", Filling, "unreadable",
            "if file.state is not FileState.CACHED:", "if False:", first=1100),
     Mutant("another stream holds the damaged file open", Filling, "unreadable",

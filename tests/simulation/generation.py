@@ -251,13 +251,16 @@ class Generation:
                 run = self.scheduler.filling._streams[message.stream]
                 slots.lent[message.slot] = ("block", (run.lane, run.sequence, message.block))
                 self.todo[name].popleft()
-                self.bad_records += message.num_bad
-                if (run.lane, run.sequence, message.block, False) in sim.skips:
+                place = run.lane, run.sequence, message.block
+                rest = any(s[:2] == place[:2] and s[2] <= place[2] and s[3] for s in sim.skips)
+                if rest or (*place, False) in sim.skips:
                     slots.give_back(message.slot)
+                self.bad_records += 0 if rest else message.num_bad
             case ShardEnded():
+                run = self.scheduler.filling._streams[message.stream]
                 slots.give_back(message.slot)
                 self.todo[name].popleft()
-                self.bad_records += message.num_bad
+                self.bad_records += 0 if run.ended else message.num_bad  # left out meanwhile
             case ShardUnreadable():
                 slots.give_back(message.slot)
                 shard = self.todo[name].popleft()[0]
