@@ -209,7 +209,7 @@ FOUND = (
     Mutant("a worker's deaths in a row are forgotten", Scheduler, "on_death",
            "deaths = worker.deaths + (not worker.killed)", "deaths = 1"),
     Mutant("an endless lane without text is read for ever", Placing, "_look_for_tokens",
-           "if plan.lanes.endless and", "if False and", first=600),
+           "if plan.lanes.endless and", "if False and", first=609),
     Mutant("a block that is half consumed is left out", Fetching, "skip_rest",
            "if consumed or", "if", first=400),
 )  # fmt: skip

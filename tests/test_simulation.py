@@ -14,7 +14,7 @@ from tests.simulation.shrink import failure, shrink, story
 from tests.simulation.simulation import Simulation
 from tests.simulation.worlds import draw
 
-_SEEDS = 600  # run by every test run; campaigns run them by the hundred thousand
+_SEEDS = 400  # run by every test run; campaigns run them by the hundred thousand
 _PER_MUTANT = 300
 
 
