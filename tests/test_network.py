@@ -166,7 +166,8 @@ def test_errors_that_stay_are_given_up(tmp_path: Path, served: tuple[str, Behavi
     with fault_proxy(served[0], always(Fault(answer=simple("500 Oops")), "GET")) as proxy:
         fetched = Fetched(tmp_path / "cache", f"{proxy.url}/{NAME}")
     fetched.failed("HTTP 500 (4 attempts without progress)")
-    assert len(proxy.gets(NAME)) == 4
+    # the first attempt may meet a kept connection that the server is just closing
+    assert len(proxy.gets(NAME)) in (3, 4)
     with fault_proxy(served[0], always(Fault(answer=simple("410 Gone")), "GET")) as proxy:
         fetched = Fetched(tmp_path / "cache", f"{proxy.url}/{NAME}")
     fetched.failed("HTTP 410")
