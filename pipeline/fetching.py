@@ -92,9 +92,11 @@ class Fetching:
         """
         state = self.state
         self.check_budget(checkpoint_bytes)
+        known = state.checkpoint_bytes
         state.checkpoint_bytes, state.confirmed = checkpoint_bytes, True
         while (charge := self.charge_bytes()) > state.plan.budget_bytes:
             if not self._give_up_ahead():
+                state.checkpoint_bytes = known  # what does not fit is not granted either
                 raise BudgetError(
                     f"the shards in the cache, {checkpoint_bytes / 1e9:.3f} GB of checkpoints and "
                     f"the logs take {charge / 1e9:.3f} GB, more than the disk budget",

@@ -168,6 +168,8 @@ FOUND = (
            "self.check_budget(checkpoint_bytes)\n",
            "state.checkpoint_bytes = checkpoint_bytes; self.check_budget(checkpoint_bytes)\n",
            first=7400),
+    Mutant("checkpoints that find no room are granted to the end", Fetching, "confirm",
+           "state.checkpoint_bytes = known", "pass", first=5058600),
     Mutant("shards ahead keep what checkpoints turn out to need", Fetching, "confirm",
            "while (charge := self.charge_bytes()) > state.plan.budget_bytes:", "while False:",
            first=1300),
