@@ -34,16 +34,18 @@ def main() -> None:
     for field, default in (("hidden", 96), ("layers", 4), ("context", 512), ("vocab", 1024)):
         parser.add_argument(f"--{field}", type=int, default=default)
     parser.add_argument("--batch", type=int, default=4, help="windows per update")
+    parser.add_argument("--validation", type=int, default=12_288, help="held-out tokens")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
-    size = Size(args.hidden, args.layers, args.context, args.vocab, args.batch)
+    size = Size(args.hidden, args.layers, args.context, args.vocab, args.batch, args.validation)
     data = load(args.data, size)
-    trials = Trials(data, size, args.results, args.device, args.budget_s)
-    runs = {
-        masked: [
-            trials.run(Setting({**_RATES, _KEY: masked}, seed, args.updates)) for seed in args.seeds
-        ]
+    trials = Trials(data, size, args.results, args.device, args.budget_s, args.jobs)
+    settings = {
+        masked: [Setting({**_RATES, _KEY: masked}, seed, args.updates) for seed in args.seeds]
         for masked in (False, True)
     }
+    trials.run([one for several in settings.values() for one in several])
+    runs = {masked: trials.run(several) for masked, several in settings.items()}
     eot = args.vocab - 1
     bounds = float((data.train[:, 1:-1] == eot).sum(1).mean())
     print(f"{data.said}, {bounds:.2f} documents begin inside a window on average; {size}\n")

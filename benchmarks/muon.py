@@ -27,22 +27,21 @@ _ADAMW_RATE = "training.optimization.adamw_learning_rate"
 _OPTIMIZER = "training.optimization.optimizer"
 # The same number of runs for each: AdamW has one learning rate, Muon has two.
 GRID: dict[str, list[dict[str, Any]]] = {
-    "adamw": [{_RATE: rate} for rate in (1e-3, 1.5e-3, 2e-3, 3e-3, 4.5e-3, 7e-3)],
-    "muon": [{_RATE: m, _ADAMW_RATE: a} for m in (0.01, 0.02, 0.04) for a in (3e-3, 1e-2)],
+    "adamw": [{_RATE: rate} for rate in (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4.5e-3, 7e-3, 1e-2)],
+    "muon": [{_RATE: m, _ADAMW_RATE: a} for m in (0.005, 0.01, 0.02, 0.04) for a in (3e-3, 1e-2)],
 }
 
 
 def tune(trials: Trials, updates: int) -> dict[str, list[Result]]:
     """All runs of the grid, the best first."""
-    return {
-        name: sorted(
-            (
-                trials.run(Setting({_OPTIMIZER: name, **rates}, _TUNING_SEED, updates))
-                for rates in grid
-            ),
-            key=lambda one: one.final,
-        )
+    settings = {
+        name: [Setting({_OPTIMIZER: name, **rates}, _TUNING_SEED, updates) for rates in grid]
         for name, grid in GRID.items()
+    }
+    trials.run([one for several in settings.values() for one in several])
+    return {
+        name: sorted(trials.run(several), key=lambda one: one.final)
+        for name, several in settings.items()
     }
 
 
@@ -67,18 +66,19 @@ def main() -> None:
     for field, default in (("hidden", 96), ("layers", 4), ("context", 128), ("vocab", 1024)):
         parser.add_argument(f"--{field}", type=int, default=default)
     parser.add_argument("--batch", type=int, default=16, help="windows per update")
+    parser.add_argument("--validation", type=int, default=12_288, help="held-out tokens")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
-    size = Size(args.hidden, args.layers, args.context, args.vocab, args.batch)
+    size = Size(args.hidden, args.layers, args.context, args.vocab, args.batch, args.validation)
     data = load(args.data, size)
-    trials = Trials(data, size, args.results, args.device, args.budget_s)
+    trials = Trials(data, size, args.results, args.device, args.budget_s, args.jobs)
     tuned = tune(trials, args.updates)
     best = {name: runs[0].setting.overrides for name, runs in tuned.items()}
     lengths = [round(args.updates * share) for share in _LENGTHS]
-    adamw = [trials.run(Setting(best["adamw"], seed, args.updates)) for seed in args.seeds]
-    muon = [
-        [trials.run(Setting(best["muon"], seed, length)) for length in lengths]
-        for seed in args.seeds
-    ]
+    of_adamw = [Setting(best["adamw"], seed, args.updates) for seed in args.seeds]
+    of_muon = [[Setting(best["muon"], seed, n) for n in lengths] for seed in args.seeds]
+    trials.run([*of_adamw, *(one for several in of_muon for one in several)])
+    adamw, muon = trials.run(of_adamw), [trials.run(several) for several in of_muon]
     report(tuned, adamw, muon, f"{data.said}, {size}")
     if args.plot is not None:
         plot(args.plot, adamw, muon)

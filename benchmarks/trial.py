@@ -7,8 +7,12 @@ JSON lines by setting: an experiment that was cut off goes on where it stood.
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
+import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,6 @@ from trainer import model as llama  # noqa: E402
 from trainer.loop import Loop  # noqa: E402
 
 _HELD_OUT = 0.08  # share of the documents, the last ones
-_VALIDATION_TOKENS = 12_288
 _POINTS = 8  # looks at the held-out loss in one run
 
 
@@ -42,6 +45,7 @@ class Size(msgspec.Struct, frozen=True):
     context: int = 128
     vocab: int = 1024
     batch: int = 16  # windows per update
+    validation: int = 12_288  # held-out tokens
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -90,7 +94,7 @@ def load(source: Path | None, size: Size) -> Data:
         cut = int(len(texts) * (1 - _HELD_OUT))
         train, held = (_windows(_encode(encoder, part), T) for part in (texts[:cut], texts[cut:]))
     said = f"{len(train):,} training windows of {T} tokens"
-    return Data(train, held[: _VALIDATION_TOKENS // T], size.vocab, said)
+    return Data(train, held[: size.validation // T], size.vocab, said)
 
 
 def _encode(encoder: encoding.Encoder, texts: list[bytes]) -> np.ndarray:
@@ -112,10 +116,20 @@ class Trials:
         results: JSON lines; made if it is not there.
         device: cpu or gpu.
         budget_s: A run that is not done by then is an error: its losses would not be comparable.
+        jobs: Runs at a time, each in a process of its own: small models leave a GPU idle.
     """
 
-    def __init__(self, data: Data, size: Size, results: Path, device: str, budget_s: float) -> None:
+    def __init__(
+        self,
+        data: Data,
+        size: Size,
+        results: Path,
+        device: str,
+        budget_s: float,
+        jobs: int = 1,
+    ) -> None:
         self.data, self.size, self.file, self.budget_s = data, size, results, budget_s
+        self.device, self.jobs = device, jobs
         gpu = device == "gpu"
         mx.set_default_device(mx.gpu if gpu else mx.cpu)
         if not gpu:
@@ -129,21 +143,33 @@ class Trials:
     def _key(setting: Setting, size: Size) -> bytes:
         return msgspec.json.encode((setting, size), order="deterministic")
 
-    def run(self, setting: Setting) -> Result:
-        """Train as set, unless the file has the result."""
-        key = self._key(setting, self.size)
-        if key not in self._known:
-            one = self._known[key] = self._train(setting)
-            with self.file.open("ab") as file:
-                file.write(msgspec.json.encode(one) + b"\n")
-            said = ", ".join(f"{k.rsplit('.', 1)[-1]} {v}" for k, v in setting.overrides.items())
-            print(
-                f"{one.final:.4f}  seed {setting.seed}, {setting.updates} updates, {said}, "
-                f"{one.seconds:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-        return self._known[key]
+    def run(self, settings: Sequence[Setting]) -> list[Result]:
+        """Train as set, unless the file has the results; in the order of the settings."""
+        missing = [one for one in settings if self._key(one, self.size) not in self._known]
+        if self.jobs == 1:
+            for setting in missing:
+                self._keep(self.train(setting))
+        elif missing:
+            context = multiprocessing.get_context("spawn")  # MLX does not survive a fork
+            given = self.data, self.size, self.device, self.budget_s
+            with concurrent.futures.ProcessPoolExecutor(self.jobs, context) as pool:
+                work = [pool.submit(_one, *given, setting) for setting in missing]
+                for done in concurrent.futures.as_completed(work):
+                    self._keep(done.result())
+        return [self._known[self._key(one, self.size)] for one in settings]
+
+    def _keep(self, one: Result) -> None:
+        self._known[self._key(one.setting, one.size)] = one
+        with self.file.open("ab") as file:
+            file.write(msgspec.json.encode(one) + b"\n")
+        values = one.setting.overrides.items()
+        said = ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in values)
+        print(
+            f"{one.final:.4f}  seed {one.setting.seed}, {one.setting.updates} updates, {said}, "
+            f"{one.seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _config(self, setting: Setting) -> configuration.Config:
         size = self.size
@@ -166,7 +192,8 @@ class Trials:
             },
         )
 
-    def _train(self, setting: Setting) -> Result:
+    def train(self, setting: Setting) -> Result:
+        """One run, to its end."""
         vocab_size = self.data.vocab_size
         loop = Loop(self._config(setting), vocab_size, self.dtype, eot=vocab_size - 1)
         windows = self._shuffled(setting.seed)
@@ -206,3 +233,8 @@ class Trials:
                 .item()
             )
         return total / (held.shape[0] * (held.shape[1] - 1))
+
+
+def _one(data: Data, size: Size, device: str, budget_s: float, setting: Setting) -> Result:
+    """One run in a process of the pool; its result is kept by the parent."""
+    return Trials(data, size, Path(os.devnull), device, budget_s).train(setting)
