@@ -284,7 +284,8 @@ class _Run:
                 checkpoint_bytes=self._checkpoint_bytes(size, kept),
                 checkpoints_kept=kept,
             )
-            self.reporter.begin(generation)
+            shared_bytes = text.size_bytes(text_layout) + ring.size_bytes(ring_layout)
+            self.reporter.begin(generation, shared_bytes)
             return generation.run(*self._cached(), self.stops.readable.fileno())
         finally:
             os.close(text_fd)
