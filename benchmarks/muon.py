@@ -27,7 +27,7 @@ _ADAMW_RATE = "training.optimization.adamw_learning_rate"
 _OPTIMIZER = "training.optimization.optimizer"
 # The same number of runs for each: AdamW has one learning rate, Muon has two.
 GRID: dict[str, list[dict[str, Any]]] = {
-    "adamw": [{_RATE: rate} for rate in (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4.5e-3, 7e-3, 1e-2)],
+    "adamw": [{_RATE: rate} for rate in (2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4.5e-3, 7e-3)],
     "muon": [{_RATE: m, _ADAMW_RATE: a} for m in (0.005, 0.01, 0.02, 0.04) for a in (3e-3, 1e-2)],
 }
 
