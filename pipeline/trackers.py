@@ -127,13 +127,15 @@ class WandB:
             import wandb
         except ImportError as error:
             raise _missing("logging.wandb", "wandb") from error
-        said = xxhash.xxh3_64_hexdigest(str(run_dir.absolute()))
+        said = xxhash.xxh3_64_hexdigest(str(run_dir.absolute()).encode())
         self._run = wandb.init(
             project=project,
             name=run_dir.name,
             id=f"{run_dir.name}-{said}",
             config=plain,
             resume="allow",
+            # the command line and what is printed may hold what a user's URLs do
+            settings=wandb.Settings(x_disable_meta=True, console="off", disable_git=True),
         )
 
     def step(self, record: dict[str, Any]) -> None:

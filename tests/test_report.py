@@ -1,4 +1,4 @@
-"""The page about a run, TensorBoard's files, and power."""
+"""The page about a run, TensorBoard's and W&B's files, and power."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline import page
 from pipeline.charts import Line, chart, thin, ticks
 from pipeline.power import Power
-from pipeline.trackers import TensorBoard
+from pipeline.trackers import TensorBoard, WandB
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -145,6 +145,55 @@ def test_tensorboard_reads_back_what_was_written_and_the_limit_holds(tmp_path: P
         again.step(record(step))
     again.close()
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
+
+
+_WANDB_BLOCK, _WANDB_HEADER = 32_768, 7  # LevelDB's log format
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """The records of an offline run's file."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, whole, records = path.read_bytes(), _WANDB_HEADER, b"", []
+    while at + _WANDB_HEADER <= len(data):
+        if _WANDB_BLOCK - at % _WANDB_BLOCK < _WANDB_HEADER:  # padding
+            at += _WANDB_BLOCK - at % _WANDB_BLOCK
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + size]
+        at += _WANDB_HEADER + size
+        if kind in (1, 4):  # full, last
+            records.append(wandb_internal_pb2.Record.FromString(whole))
+            whole = b""
+    return records
+
+
+def test_wandb_has_the_metrics_and_no_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "X-Amz-Signature=abcdef0123456789"
+    monkeypatch.setattr(sys, "argv", ["fineweb-pipeline", "start", f"--shards=https://h/?{secret}"])
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+    tracker = WandB("a-project", tmp_path / "runs" / "one", {"model": {"layers": 4}})
+    for step in range(1, 4):
+        tracker.step(record(step))
+    tracker.close()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    records = wandb_records(file)
+    (run,) = [one.run for one in records if one.WhichOneof("record_type") == "run"]
+    assert (run.project, run.display_name) == ("a-project", "one")
+    history = [one.history for one in records if one.WhichOneof("record_type") == "history"]
+    losses = [
+        float(item.value_json)
+        for one in history
+        for item in one.item
+        if "loss" in (item.key, *item.nested_key)
+    ]
+    assert losses == [record(step)["loss"] for step in range(1, 4)]
+    for path in (tmp_path / "wandb").rglob("*"):
+        assert path.is_dir() or secret.encode() not in path.read_bytes(), path
 
 
 def test_power_is_read_from_the_counters_or_not_at_all(tmp_path: Path) -> None:
