@@ -2,7 +2,7 @@
 
 Process: this one alone. The real scheduler (pipeline/scheduler.py) decides in a simulated world:
 its workers, disk, ring, text slots, clock and consumer are models, and one seeded generator
-chooses who acts next and what goes wrong. After every event the promises of DESIGN.md are checked.
+chooses who acts next and what goes wrong. After every event the README's promises are checked.
 
     python -m tests.simulate --seeds 1000 --first 0
 

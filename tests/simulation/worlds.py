@@ -86,7 +86,7 @@ class World:
 
     @property
     def floor(self) -> int:
-        """Bytes that every lane is sure of, as DESIGN.md states it."""
+        """Bytes that every lane is sure of, as pipeline/budget.py states it."""
         remote = [shard.listed for shard in self.shards if not shard.local]
         known = max((size for size in remote if size is not None), default=0)
         return max(known, self.step_bytes) if None in remote else known
