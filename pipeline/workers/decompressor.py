@@ -38,13 +38,14 @@ class _Stream:
 
     def __init__(self, message: OpenShard, setup: DecompressorSetup) -> None:
         self.path, self.name = message.path, message.name
-        self.next_block = 0
+        self.next_block = 0 if message.place is None else message.skip_blocks
         self._verified = False
         self._skip, self._end = message.skip_blocks, message.end_block
         self._blocks: Generator[BlockData, None, None] = _blocks(message, setup)
 
     def advance(self, working: Callable[[], None]) -> BlockData | None:
-        """The next block, passing over those that were handed over before.
+        """The next block, passing over those that were handed over before if nobody knows where
+        it begins.
 
         Args:
             working: Called now and then: what is passed over takes long.
@@ -141,6 +142,7 @@ class Decompressor:
                     num_blocks=stream.next_block,
                     num_bad=left.num_bad,
                     bad=tuple(left.bad),
+                    filtered=left.filtered,
                 )
             )
             return
@@ -157,6 +159,8 @@ class Decompressor:
                 text_bytes=text_bytes,
                 num_bad=block.num_bad,
                 bad=tuple(block.bad),
+                filtered=block.filtered,
+                next=block.next,
             )
         )
         stream.next_block += 1
