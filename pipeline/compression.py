@@ -138,9 +138,10 @@ class Forward(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        data = self._start or self._stream.read(len(buffer))
-        self._start = data[len(buffer) :]
-        size = min(len(buffer), len(data))
-        buffer[:size] = data[:size]
+        if self._start:
+            size = min(len(buffer), len(self._start))
+            buffer[:size], self._start = self._start[:size], self._start[size:]
+        else:
+            size = int(self._stream.readinto(buffer))  # type: ignore[attr-defined]
         self._position += size
         return size
