@@ -22,9 +22,7 @@ def is_held_out(text: bytes | memoryview, share: float) -> bool:
     return xxhash.xxh3_64_intdigest(text, _SEED) < share * 2**64
 
 
-def select(
-    documents: Iterable[Item], share: float, *, held_out: bool
-) -> Documents:
+def select(documents: Iterable[Item], share: float, *, held_out: bool) -> Documents:
     """The documents of one side.
 
     Args:

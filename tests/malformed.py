@@ -24,7 +24,7 @@ def documents(path: Path, name: str) -> Iterator[bytes | BadRecord]:
     for found in open_documents(str(path), name, "text"):
         if isinstance(found, Texts):
             yield from found.one_by_one()
-        else:
+        elif isinstance(found, bytes | BadRecord):
             yield found
 
 

@@ -1,0 +1,202 @@
+"""The same documents out of every form of shard, from every block on, filtered and not."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pipeline import filters, holdout
+from pipeline.blocks import BlockData, blocks
+from pipeline.codecs import open_documents
+from pipeline.config import Filter
+from pipeline.encoding import safe_cut
+from pipeline.messages import BlockStart
+from tests import forms
+from tests.forms import COMPRESSIONS, FORMS, Form, Row
+from tests.harness import ROOT, english, job, run
+from tests.test_pipeline import reference
+
+_RANDOM = random.Random(6)
+ROWS: list[Row] = [
+    {
+        "text": text if number % 13 else "äöü — 語 " + text,
+        "id": f"<urn:uuid:{number:032x}>",
+        "dump": "CC-MAIN-2024-10" if number < 60 else "CC-MAIN-2024-18",
+        "url": f"https://example.com/{number}",
+        "date": f"2024-0{1 + number // 20}-20T12:00:00Z",
+        "language": _RANDOM.choice(["en", "en", "de", None]),
+        "language_score": round(_RANDOM.random(), 3),
+        "meta": {"lang": "x", "tags": [f"t{number % 3}", "b"]},
+    }
+    for number, text in enumerate(english(120, largest=3000))
+]  # fmt: skip
+ROWS[20]["text"] = "".join(english(30, largest=900))  # larger than a block
+TEXTS = [str(row["text"]) for row in ROWS]
+BLOCK_BYTES = 9000
+CLAIMED = [(form, kind) for form in FORMS for kind in form.compressions]
+
+
+def write(folder: Path, form: Form, kind: str, rows: list[Row] = ROWS) -> Path:
+    path = folder / f"shard.{form.name}.{kind}".rstrip(".")
+    path.write_bytes(COMPRESSIONS[kind](form.make(rows)))
+    return path
+
+
+NO_FILTER = Filter()
+
+
+def read(
+    path: Path, chosen: Filter = NO_FILTER, begin: BlockStart | None = None, share: float = 0.0
+) -> list[BlockData]:
+    """The blocks of a shard, as a decompressor makes them."""
+    condition = filters.condition(chosen)
+    documents: Any = open_documents(
+        str(path),
+        path.name,
+        "text",
+        where=filters.Where(condition) if condition else None,
+        begin=begin.entry if begin is not None else None,
+    )
+    documents = filters.by_length(documents, chosen.min_chars, chosen.max_chars)
+    if share:
+        documents = holdout.select(documents, share, held_out=False)
+    return list(
+        blocks(
+            documents,
+            block_bytes=BLOCK_BYTES,
+            max_documents=40,
+            cut=safe_cut("gpt2"),
+            begin=begin,
+        )
+    )
+
+
+def texts(found: list[BlockData]) -> list[str]:
+    """The documents that blocks hold."""
+    whole: list[bytes] = []
+    for block in found:
+        raw = b"".join(bytes(piece) for piece in block.pieces)
+        ends = itertools.accumulate(block.lengths, initial=0)
+        pieces = [raw[start:end] for start, end in itertools.pairwise(ends)]
+        if block.continues:
+            whole[-1] += pieces.pop(0)
+        whole += pieces
+    return [one.decode() for one in whole]
+
+
+def plain(block: BlockData) -> tuple[Any, ...]:
+    """All that a block hands over but where the next begins."""
+    text = b"".join(bytes(piece) for piece in block.pieces)
+    return text, block.lengths, block.continues, block.begins, block.num_bad, block.filtered
+
+
+def ids(claimed: tuple[Form, str]) -> str:
+    return f"{claimed[0].title} {claimed[1]}"
+
+
+@pytest.mark.parametrize("claimed", CLAIMED, ids=ids)
+def test_every_claimed_form_gives_the_same_blocks(
+    tmp_path: Path, claimed: tuple[Form, str]
+) -> None:
+    """And so does reading from any block on, with the entries of this form as close as can be."""
+    path = write(tmp_path, *claimed)
+    found = read(path)
+    assert texts(found) == TEXTS
+    for number in range(0, len(found), 7):
+        begin = found[number].next
+        assert begin is not None
+        rest = read(path, begin=begin)
+        assert [plain(one) for one in rest] == [plain(one) for one in found[number + 1 :]]
+
+
+@pytest.fixture
+def close_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries every few records instead of every 4 MiB."""
+    for module in ("lines", "codecs"):
+        monkeypatch.setattr(f"pipeline.{module}.ENTRY_BYTES", 2000)
+    monkeypatch.setattr("pipeline.compression.CHUNK_BYTES", 4096)
+
+
+@pytest.mark.usefixtures("close_entries")
+@pytest.mark.parametrize("name", ["tar", "jsonl", "txt"])
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_reading_begins_at_entries(tmp_path: Path, name: str, kind: str) -> None:
+    """From every block, also inside a cut document; what is gone over is less than an entry's."""
+    form = next(form for form in FORMS if form.name == name)
+    path = write(tmp_path, form, kind)
+    chosen = Filter(min_chars=400)
+    found = read(path, chosen, share=0.1)
+    assert len(found) > 15
+    assert any(block.next and block.next.pieces for block in found)
+    assert any(block.filtered for block in found)
+    for number, block in enumerate(found):
+        begin = msgspec.convert(msgspec.to_builtins(block.next), BlockStart)
+        assert begin.records < 12 or number == 0
+        rest = read(path, chosen, begin, share=0.1)
+        assert [plain(one) for one in rest] == [plain(one) for one in found[number + 1 :]]
+    assert len({block.next.entry.at for block in found if block.next}) > 5
+    if kind == "bz2":
+        assert any(block.next.entry.bz2 for block in found if block.next)
+
+
+FILTERED = Filter(
+    min_chars=300,
+    max_chars=20_000,
+    languages=["en", "de"],
+    min_language_score=0.2,
+    dumps=["CC-MAIN-2024-10", "CC-MAIN-2024-18"],
+    from_date="2024-02",
+    before_date="2024-06-01",
+    where="not url.startswith('http:') and (meta.lang == 'x' or column('/meta/tags/0') == 't1')",
+)
+
+
+def wanted(row: Row) -> bool:
+    """FILTERED in plain Python."""
+    return (
+        300 <= len(str(row["text"])) <= 20_000
+        and row["language"] in ("en", "de")
+        and float(str(row["language_score"])) >= 0.2
+        and "2024-02" <= str(row["date"]) < "2024-06-01"
+    )
+
+
+@pytest.mark.parametrize("claimed", [one for one in CLAIMED if one[0].columns], ids=ids)
+def test_a_filter_leaves_the_same_documents_in_every_form(
+    tmp_path: Path, claimed: tuple[Form, str]
+) -> None:
+    found = read(write(tmp_path, *claimed), FILTERED)
+    expected = [str(row["text"]) for row in ROWS if wanted(row)]
+    assert 20 < len(expected) < 80
+    assert texts(found) == expected
+    assert sum(block.filtered for block in found) == len(ROWS) - len(expected)
+    assert not any(block.num_bad for block in found)
+
+
+def test_length_alone_filters_texts_too(tmp_path: Path) -> None:
+    form = next(form for form in FORMS if form.name == "txt")
+    found = read(write(tmp_path, form, "gz"), Filter(max_chars=500))
+    assert texts(found) == [text for text in TEXTS if len(text) <= 500]
+
+
+_END_TO_END = [("parquet", ""), ("jsonl", "xz"), ("tar", "lz4"), ("arrow", ""), ("txt", "bz2")]
+
+
+@pytest.mark.parametrize(("name", "kind"), _END_TO_END)
+def test_the_stream_of_a_run_is_the_same(tmp_path: Path, name: str, kind: str) -> None:
+    form = next(form for form in FORMS if form.name == name)
+    shard = write(tmp_path, form, kind)
+    summary = run(tmp_path, job(tmp_path, [shard], filter={"max_chars": 3000}))
+    expected = [text for text in TEXTS if len(text) <= 3000]
+    assert summary["sha256"] == hashlib.sha256(reference(expected).tobytes()).hexdigest()
+    assert summary["filtered"] == len(TEXTS) - len(expected) > 0
+
+
+def test_the_table_of_the_readme_is_the_list() -> None:
+    assert forms.table() in (ROOT / "README.md").read_text(encoding="utf-8")
