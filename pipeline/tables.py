@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline import fields
 from pipeline.blocks import Documents, Filtered, Texts
 from pipeline.errors import ShardError
-from pipeline.filters import is_text
+from pipeline.filters import Where, is_text
 from pipeline.messages import Entry
 from pipeline.records import Wanted, bad, is_utf8, shown
 
@@ -28,7 +28,8 @@ ARROW_STREAM = b"\xff\xff\xff\xff"  # before the length of its first message
 _STREAM_END = ARROW_STREAM + bytes(4)
 _ROWS = 1024
 _MAX_BATCH_BYTES = 1 << 26  # texts of that many rows; beyond it they are taken one by one
-_BUFFER_BYTES = 1 << 20  # of a column's chunk; without it all of the chunk is read at once
+_MAX_DECODED_BYTES = 1 << 28  # of a batch of parquet, if every row is as large as can be
+_BUFFER_BYTES = 1 << 20
 
 
 # ── parquet ─────────────────────────────────────────────────────────────────────────────────
@@ -40,31 +41,19 @@ def parquet(file: BinaryIO, wanted: Wanted, begin: Entry) -> Documents:
     Raises:
         ShardError: it has no such columns.
     """
-    shard = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
-    metadata, schema = shard.metadata, shard.schema_arrow
-    _check(schema, wanted)
-    text = fields.leaf(schema, wanted.text)
-    # a dictionary stays one: a small file may name one large text a million times
-    shard = pq.ParquetFile(
-        file,
-        metadata=metadata,
-        read_dictionary=[text],
-        pre_buffer=False,
-        buffer_size=_BUFFER_BYTES,
-    )
-    possible = _possible_groups(file, metadata, schema, wanted)
-    for group in range(begin.at, metadata.num_row_groups):
+    shard = _Parquet(file, wanted)
+    possible = _possible_groups(shard, wanted)
+    for group in range(begin.at, shard.metadata.num_row_groups):
         yield Entry(group)
-        rows = metadata.row_group(group).num_rows
-        if group not in possible:
-            yield Filtered(rows)
-            continue
-        mask = _group_mask(shard, group, wanted)
-        if mask is not None and len(mask) == rows and not mask.any():
+        rows = shard.metadata.row_group(group).num_rows
+        mask = None
+        if group in possible and wanted.where is not None:
+            mask = shard.mask(group, wanted.where)
+        if group not in possible or (mask is not None and len(mask) == rows and not mask.any()):
             yield Filtered(rows)
             continue
         row = 0
-        for batch in shard.iter_batches(_ROWS, row_groups=[group], columns=[text]):
+        for batch in shard.texts(group):
             part = mask[row : row + len(batch)] if mask is not None else None
             column = fields.column(batch, wanted.text)
             yield from _documents(column, part, row, f"row group {group}")
@@ -73,37 +62,91 @@ def parquet(file: BinaryIO, wanted: Wanted, begin: Entry) -> Documents:
             raise ValueError(f"row group {group} has {row} rows and claims {rows}")
 
 
-def _possible_groups(
-    file: BinaryIO, metadata: pq.FileMetaData, schema: pa.Schema, wanted: Wanted
-) -> set[int]:
+class _Parquet:
+    """A parquet file, read in batches of few bytes whatever its row groups hold.
+
+    Raises:
+        ShardError: it has no such columns.
+    """
+
+    def __init__(self, file: BinaryIO, wanted: Wanted) -> None:
+        self._file = file
+        # without a buffer all of a column's chunk is read at once
+        self._plain = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        self.metadata, self.schema = self._plain.metadata, self._plain.schema_arrow
+        _check(self.schema, wanted)
+        self._text = [fields.leaf(self.schema, wanted.text)]
+        asked = wanted.where.columns if wanted.where is not None else ()
+        there = [one.path for one in asked if fields.type_of(self.schema, one.path) is not None]
+        self._asked = [fields.leaf(self.schema, path) for path in there]
+        columns = self.metadata.schema
+        leaves = {columns.column(number).path for number in range(len(columns))}
+        self._as_dictionary = pq.ParquetFile(
+            file,
+            metadata=self.metadata,
+            read_dictionary=sorted(leaves & {*self._text, *self._asked}),
+            pre_buffer=False,
+            buffer_size=_BUFFER_BYTES,
+        )
+
+    def texts(self, group: int) -> Iterator[pa.RecordBatch]:
+        """The text's column of a row group."""
+        return self._batches(group, self._text)
+
+    def mask(self, group: int, where: Where) -> np.ndarray:
+        """Which rows of a row group are wanted, by the filter's columns alone: bool, (rows,)."""
+        masks = [where.mask(batch) for batch in self._batches(group, self._asked)]
+        return np.concatenate([np.zeros(0, bool), *masks])
+
+    def _batches(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """In a small row group a dictionary stays one, because it may name a large text a million
+        times; in a large one pyarrow would gather all of it."""
+        which = {"row_groups": [group], "columns": columns}
+        if self.metadata.row_group(group).total_byte_size <= _MAX_BATCH_BYTES:
+            return self._as_dictionary.iter_batches(_ROWS, **which)
+        # pyarrow ends the process where the next line asks for a column that is encrypted
+        next(self._plain.iter_batches(1, **which), None)
+        return self._plain.iter_batches(self._rows_at_once(group, columns), **which)
+
+    def _rows_at_once(self, group: int, columns: list[str]) -> int:
+        """How many rows of some columns may be decoded together."""
+        whole, size, largest = self.metadata.row_group(group), 0, 1
+        for number in range(whole.num_columns):
+            path = self.metadata.schema.column(number).path
+            if any(f"{path}.".startswith(f"{name}.") for name in columns):
+                chunk = whole.column(number)
+                size += chunk.total_uncompressed_size
+                if chunk.has_dictionary_page:  # any row may be the largest text in it
+                    largest += self._dictionary_bytes(chunk.dictionary_page_offset)
+        most = max(largest, 4 * size // max(1, whole.num_rows))
+        return max(1, min(_ROWS, _MAX_DECODED_BYTES // most))
+
+    def _dictionary_bytes(self, offset: int) -> int:
+        """The size of a dictionary page, from its header: pyarrow does not tell it."""
+        self._file.seek(offset)
+        header = self._file.read(16)
+        if header[:3] != b"\x15\x04\x15":  # thrift: its kind is dictionary; its size follows
+            raise ValueError("a dictionary page has no header")
+        size = 0
+        for place, byte in enumerate(header[3:]):
+            size |= (byte & 127) << 7 * place
+            if byte < 128:
+                break
+        return size >> 1
+
+
+def _possible_groups(shard: _Parquet, wanted: Wanted) -> set[int]:
     """Row groups that may hold a wanted row, as far as their statistics tell."""
-    everything = set(range(metadata.num_row_groups))
-    allowed = wanted.where.statistics(schema) if wanted.where is not None else None
+    allowed = wanted.where.statistics(shard.schema) if wanted.where is not None else None
     if allowed is None:
-        return everything
+        return set(range(shard.metadata.num_row_groups))
     import pyarrow.dataset as ds  # takes 0.1 s
 
-    # the footer alone: the data are not asked for
-    footer = io.BytesIO()
-    metadata.write_metadata_file(footer)
+    footer = io.BytesIO()  # alone: the data are not asked for
+    shard.metadata.write_metadata_file(footer)
     fragment = ds.ParquetFileFormat().make_fragment(pa.BufferReader(footer.getvalue()))
-    return {part.row_groups[0].id for part in fragment.split_by_row_group(allowed, schema)}
-
-
-def _group_mask(shard: pq.ParquetFile, group: int, wanted: Wanted) -> np.ndarray | None:
-    """Which rows of a row group are wanted: bool, shape (rows,), from the filter's columns alone;
-    None without a filter."""
-    if wanted.where is None:
-        return None
-    schema = shard.schema_arrow
-    columns = [
-        fields.leaf(schema, column.path)
-        for column in wanted.where.columns
-        if fields.type_of(schema, column.path) is not None
-    ]
-    batches = shard.iter_batches(_ROWS, row_groups=[group], columns=columns)
-    masks = [wanted.where.mask(batch) for batch in batches]
-    return np.concatenate([np.zeros(0, bool), *masks])
+    parts = fragment.split_by_row_group(allowed, shard.schema)
+    return {part.row_groups[0].id for part in parts}
 
 
 # ── Arrow IPC ───────────────────────────────────────────────────────────────────────────────
