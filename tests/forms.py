@@ -17,30 +17,12 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
-import zstandard
 from pyarrow import feather
 
 from pipeline.lines import SEPARATOR
-from tests.corpus.base import TAR_END, member
+from tests.corpus.base import TAR_END, lz4, member, zst
 
 Row = dict[str, object]  # FineWeb's columns
-
-
-def lz4(data: bytes) -> bytes:
-    """A frame as the lz4 command writes it: independent blocks, a checksum of the content."""
-    header = b"\x64\x70"  # independent blocks of 4 MiB at most, content checksum
-    blocks = b""
-    for at in range(0, len(data), 4 << 20):
-        block = pa.compress(data[at : at + (4 << 20)], codec="lz4_raw", asbytes=True)
-        blocks += len(block).to_bytes(4, "little") + block
-    check = xxhash.xxh32_intdigest(header) >> 8 & 0xFF
-    end = bytes(4) + xxhash.xxh32_intdigest(data).to_bytes(4, "little")
-    return b"\x04\x22\x4d\x18" + header + bytes([check]) + blocks + end
-
-
-def zst(data: bytes) -> bytes:
-    return zstandard.ZstdCompressor(write_checksum=True).compress(data)
 
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {

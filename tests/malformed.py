@@ -14,6 +14,7 @@ from pipeline.blocks import Texts
 from pipeline.codecs import open_documents
 from pipeline.messages import BadRecord
 from tests.corpus.base import Case
+from tests.corpus.nested import arrows, nested
 from tests.corpus.records import parquets, records
 from tests.corpus.streams import files, streams
 from tests.corpus.tars import tars
@@ -28,7 +29,9 @@ def documents(path: Path, name: str) -> Iterator[bytes | BadRecord]:
             yield found
 
 
-CASES: tuple[Case, ...] = (*streams(), *files(), *tars(), *records(), *parquets())
+CASES: tuple[Case, ...] = (
+    *streams(), *files(), *tars(), *nested(), *records(), *parquets(), *arrows()
+)  # fmt: skip
 
 
 def table() -> str:
