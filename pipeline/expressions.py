@@ -90,7 +90,11 @@ def parse(text: str) -> Node:
     if len(text) > _MOST_CHARACTERS:
         raise ConfigError(f"{what} … is longer than {_MOST_CHARACTERS} characters", "shorten it")
     try:
-        return _node(ast.parse(text.strip(), mode="eval").body)
+        tree = ast.parse(text.strip(), mode="eval")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                node.value.encode()  # half a surrogate pair is no text
+        return _node(tree.body)
     except _NotOursError as error:
         raise ConfigError(f"{what}: {error}", _HELP) from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

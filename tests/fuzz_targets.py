@@ -89,10 +89,12 @@ def _conditions() -> list[bytes]:
 
 
 def _condition(data: bytes, folder: Path) -> None:
-    with suppress(ConfigError, UnicodeDecodeError):
+    batch = pa.record_batch({"url": ["a"], "a": [1], "b": [0.5], "language": ["en"]})
+    with suppress(ConfigError, ShardError, UnicodeDecodeError):
         where = filters.Where(data.decode())
-        where.mask(pa.record_batch({"url": ["a"]}))
-        where.statistics(pa.schema({"a": pa.int64(), "language": pa.string()}))
+        where.statistics(batch.schema)
+        where.check(batch.schema, "x")
+        assert where.mask(batch).shape == (1,)
 
 
 def _compressed(compress: Callable[[bytes], bytes]) -> Callable[[], list[bytes]]:

@@ -231,7 +231,7 @@ def test_another_kind_of_value_is_said(tmp_path: Path) -> None:
     "", "language", "a ==", "a == b", "a = 1", "1 == 2", "a in []", "a in [1, 'x']", "a < None",
     "__import__('os').system('x')", "a + 1 > 2", "a is 3", "f(a)", "a.lower() == 'x'", "a < True",
     "a == 99999999999999999999", "lambda: a", "a == f'{b}'", "(" * 500, "not " * 5000 + "a",
-    "a\0 == 1", "a == 1; b == 2",
+    "a\0 == 1", "a == '\\ud800'", "a == 1; b == 2",
 ])  # fmt: skip
 def test_what_is_no_condition_is_refused(condition: str) -> None:
     if condition == "language":  # a column of True and False

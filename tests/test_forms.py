@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import pytest
@@ -52,12 +52,16 @@ NO_FILTER = Filter()
 
 
 def read(
-    path: Path, chosen: Filter = NO_FILTER, begin: BlockStart | None = None, share: float = 0.0
+    path: Path,
+    chosen: Filter = NO_FILTER,
+    begin: BlockStart | None = None,
+    share: float = 0.0,
+    source: BinaryIO | None = None,
 ) -> list[BlockData]:
     """The blocks of a shard, as a decompressor makes them."""
     condition = filters.condition(chosen)
     documents: Any = open_documents(
-        str(path),
+        source or str(path),
         path.name,
         "text",
         where=filters.Where(condition) if condition else None,
@@ -108,6 +112,9 @@ def test_every_claimed_form_gives_the_same_blocks(
     path = write(tmp_path, *claimed)
     found = read(path)
     assert texts(found) == TEXTS
+    with path.open("rb") as file:  # as a shard that is read where it is, without a path
+        assert texts(read(path, source=file)) == TEXTS
+        assert file.closed
     for number in range(0, len(found), 7):
         begin = found[number].next
         assert begin is not None
