@@ -12,11 +12,12 @@ import msgspec
 import pytest
 
 from pipeline import filters, holdout
-from pipeline.blocks import BlockData, blocks
+from pipeline.blocks import BlockData, Texts, blocks
 from pipeline.codecs import open_documents
 from pipeline.config import Filter
 from pipeline.encoding import safe_cut
-from pipeline.messages import BlockStart
+from pipeline.errors import ShardError
+from pipeline.messages import BadRecord, BlockStart
 from tests import forms
 from tests.forms import COMPRESSIONS, FORMS, Form, Row
 from tests.harness import ROOT, english, job, run
@@ -190,6 +191,54 @@ def test_length_alone_filters_texts_too(tmp_path: Path) -> None:
     form = next(form for form in FORMS if form.name == "txt")
     found = read(write(tmp_path, form, "gz"), Filter(max_chars=500))
     assert texts(found) == [text for text in TEXTS if len(text) <= 500]
+
+
+@pytest.mark.parametrize("field", ["/a/b/0", "/a/b/1/c~1d", "/messages/0/content", "/~1x"])
+@pytest.mark.parametrize("name", ["jsonl", "tar", "parquet", "arrow"])
+def test_the_text_may_be_nested(tmp_path: Path, name: str, field: str) -> None:
+    """Behind a JSON pointer, in JSON and in tables; a null or a short list on the way is a record
+    without text in both, and a pointer that leads nowhere is told."""
+    rows: list[Row] = [nested_row(field, text) for text in TEXTS[:30]]
+    form = next(form for form in FORMS if form.name == name)
+    path = write(tmp_path, form, "", rows)
+    found: list[str] = []
+    for item in open_documents(str(path), path.name, field):
+        if isinstance(item, Texts):
+            found += [text.decode() for text in item.one_by_one()]
+        elif isinstance(item, bytes):
+            found.append(item.decode())
+    assert found == TEXTS[:30]
+    missing = "/nowhere/at/all"
+    if name in ("parquet", "arrow"):
+        with pytest.raises(ShardError, match="has no column '/nowhere/at/all'"):
+            list(open_documents(str(path), path.name, missing))
+    else:
+        told = [one for one in open_documents(str(path), path.name, missing)]
+        assert {one.reason for one in told if isinstance(one, BadRecord)} == {
+            "it has no '/nowhere/at/all'"
+        }
+
+
+def nested_row(field: str, text: str) -> Row:
+    """A row that has the text where the pointer leads."""
+    if field == "/a/b/0":
+        return {"a": {"b": [text, "x"]}}
+    if field == "/a/b/1/c~1d":
+        return {"a": {"b": [{"c/d": "x"}, {"c/d": text}]}}
+    if field == "/messages/0/content":
+        return {"messages": [{"role": "user", "content": text}]}
+    return {"/x": text, "x": "no"}
+
+
+@pytest.mark.parametrize("name", ["jsonl", "parquet", "arrow"])
+def test_nothing_on_the_way_to_the_text_is_a_bad_record(tmp_path: Path, name: str) -> None:
+    rows: list[Row] = [{"a": {"b": ["one"]}}, {"a": None}, {"a": {"b": None}}, {"a": {"b": []}},
+                       {"a": {"b": [None]}}, {"a": {"b": ["two"]}}]  # fmt: skip
+    form = next(form for form in FORMS if form.name == name)
+    path = write(tmp_path, form, "", rows)
+    items = list(open_documents(str(path), path.name, "/a/b/0"))
+    assert [one for one in items if isinstance(one, bytes)] == [b"one", b"two"]
+    assert sum(isinstance(one, BadRecord) for one in items) == 4
 
 
 _END_TO_END = [("parquet", ""), ("jsonl", "xz"), ("tar", "lz4"), ("arrow", ""), ("txt", "bz2")]
