@@ -2,6 +2,8 @@
 
     python -m tests.forms        prints the table
 
+Shards come from a disk, over HTTP(S) and from S3 alike: what is fetched is a file of the cache.
+
 tests/test_forms.py reads every form in the table and fails where the README says another.
 """
 

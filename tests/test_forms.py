@@ -21,6 +21,7 @@ from pipeline.messages import BadRecord, BlockStart
 from tests import forms
 from tests.forms import COMPRESSIONS, FORMS, Form, Row
 from tests.harness import ROOT, english, job, run
+from tests.servers import Behaviour, http_server
 from tests.test_pipeline import reference
 
 _RANDOM = random.Random(6)
@@ -241,14 +242,20 @@ def test_nothing_on_the_way_to_the_text_is_a_bad_record(tmp_path: Path, name: st
     assert sum(isinstance(one, BadRecord) for one in items) == 4
 
 
-_END_TO_END = [("parquet", ""), ("jsonl", "xz"), ("tar", "lz4"), ("arrow", ""), ("txt", "bz2")]
+_END_TO_END = [
+    ("file", "parquet", ""), ("http", "jsonl", "xz"), ("file", "tar", "lz4"),
+    ("http", "arrow", ""), ("file", "txt", "bz2"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "kind"), _END_TO_END)
-def test_the_stream_of_a_run_is_the_same(tmp_path: Path, name: str, kind: str) -> None:
+@pytest.mark.parametrize(("source", "name", "kind"), _END_TO_END)
+def test_the_stream_of_a_run_is_the_same(tmp_path: Path, source: str, name: str, kind: str) -> None:
     form = next(form for form in FORMS if form.name == name)
-    shard = write(tmp_path, form, kind)
-    summary = run(tmp_path, job(tmp_path, [shard], filter={"max_chars": 3000}))
+    (tmp_path / "served").mkdir()
+    shard = write(tmp_path / "served", form, kind)
+    with http_server(shard.parent, Behaviour()) as url:
+        place = shard if source == "file" else f"{url}/{shard.name}"
+        summary = run(tmp_path, job(tmp_path, [place], filter={"max_chars": 3000}))
     expected = [text for text in TEXTS if len(text) <= 3000]
     assert summary["sha256"] == hashlib.sha256(reference(expected).tobytes()).hexdigest()
     assert summary["filtered"] == len(TEXTS) - len(expected) > 0
