@@ -28,8 +28,8 @@ from pipeline.blocks import Documents, Filtered, Texts
 from pipeline.errors import ShardError
 from pipeline.filters import Where
 from pipeline.lines import ENTRY_BYTES, MAX_RECORD_BYTES
-from pipeline.messages import BadRecord, Entry
-from pipeline.records import JsonReader, Wanted, bad, is_utf8, json_reader, shown
+from pipeline.messages import Entry
+from pipeline.records import JsonReader, Wanted, bad, json_reader, shown, text_reader
 
 _DAMAGED = (*compression.DAMAGED, MemoryError, tar.Error, pa.ArrowException)
 _REMEDY = (
@@ -111,7 +111,7 @@ def _documents(source: str | BinaryIO, wanted: Wanted, begin: Entry) -> Document
             if not stream.read(min(ENTRY_BYTES, left)):
                 raise EOFError(f"it ends before byte {begin.at}, which was read before")
             yield Filtered(0)  # nothing yet, but work goes on
-        for document in _READERS[container](stream, json_reader(wanted), begin):
+        for document in _READERS[container](stream, wanted, begin):
             if isinstance(document, Entry):
                 yield msgspec.structs.replace(document, bz2=opened.bz2_at(document.at))
             else:
@@ -161,7 +161,8 @@ def _is_json(start: bytes) -> bool:
 # ── tar ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _tar(stream: BinaryIO, read: JsonReader, begin: Entry) -> Documents:
+def _tar(stream: BinaryIO, wanted: Wanted, begin: Entry) -> Documents:
+    read, read_text = json_reader(wanted), text_reader(wanted)
     told = begin.at
     for member in tar.members(stream, MAX_RECORD_BYTES):
         if member.offset is not None and member.offset >= told + ENTRY_BYTES:
@@ -175,11 +176,11 @@ def _tar(stream: BinaryIO, read: JsonReader, begin: Entry) -> Documents:
             yield bad(place, "it is a link or a device, not a file")
         elif suffix in ("jsonl", "ndjson") or not plain:
             file = cast(BinaryIO, io.BytesIO(data) if isinstance(data, bytes) else data)
-            yield from _file(file, suffix, read, place)
+            yield from _file(file, suffix, read_text if suffix == "txt" else read, place)
         elif not isinstance(data, bytes):
             yield bad(place, f"its {member.size} bytes are more than {MAX_RECORD_BYTES}")
         else:
-            yield _one(data, suffix, read, place)
+            yield read_text(data, place) if suffix == "txt" else read(data, place)
 
 
 def _file(file: BinaryIO, suffix: str, read: JsonReader, place: str) -> Documents:
@@ -198,15 +199,9 @@ def _file(file: BinaryIO, suffix: str, read: JsonReader, place: str) -> Document
             while stream.read(compression.CHUNK_BYTES):
                 pass
         else:
-            yield _one(data, suffix, read, place)
+            yield read(data, place)
     except compression.DAMAGED as error:
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
-
-
-def _one(data: bytes, suffix: str, read: JsonReader, place: str) -> bytes | BadRecord | Filtered:
-    if suffix == "json":
-        return read(data, place)
-    return data if is_utf8(data) else bad(place, "the text is not UTF-8")
 
 
 def _suffix(name: str) -> tuple[bool, str]:
@@ -221,8 +216,10 @@ def _is_meta(name: str) -> bool:
     return name.startswith("__") and re.match(r"__[^/]*__($|/)", name) is not None
 
 
-_READERS: dict[str, Callable[[BinaryIO, JsonReader, Entry], Documents]] = {
+_READERS: dict[str, Callable[[BinaryIO, Wanted, Entry], Documents]] = {
     "tar": _tar,
-    "jsonl": lambda stream, read, begin: lines.documents(stream, read, begin=begin),
-    "txt": lambda stream, read, begin: lines.texts(stream, begin),
+    "jsonl": lambda stream, wanted, begin: lines.documents(
+        stream, json_reader(wanted), begin=begin
+    ),
+    "txt": lambda stream, wanted, begin: lines.texts(stream, text_reader(wanted), begin),
 }

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from pipeline import compression
 from pipeline.blocks import Documents
 from pipeline.messages import Entry
-from pipeline.records import JsonReader, bad, is_utf8
+from pipeline.records import JsonReader, bad
 
 MAX_RECORD_BYTES = 1 << 26  # a line, member or text beyond this is no document
 ENTRY_BYTES = 1 << 22  # entries are so far apart, or further
@@ -84,11 +84,12 @@ def _groups(stream: BinaryIO) -> Iterator[tuple[int, list[bytes | None]]]:
 # ── plain text ──────────────────────────────────────────────────────────────────────────────
 
 
-def texts(stream: BinaryIO, begin: Entry) -> Documents:
+def texts(stream: BinaryIO, read: JsonReader, begin: Entry) -> Documents:
     """The documents of a plain text.
 
     Args:
         stream: At the start of a document.
+        read: Reads one.
         begin: What the stream's start is.
     """
     number = begin.lines
@@ -105,7 +106,7 @@ def texts(stream: BinaryIO, begin: Entry) -> Documents:
             )
             yield bad(f"text {number}", reason)
         elif text := first_line(text) if number == 1 else text:
-            yield text if is_utf8(text) else bad(f"text {number}", "it is not UTF-8")
+            yield read(text, f"text {number}")
 
 
 def _separated(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:

@@ -60,6 +60,27 @@ def json_reader(wanted: Wanted) -> JsonReader:
     return read
 
 
+def text_reader(wanted: Wanted) -> JsonReader:
+    """Reads a record that is nothing but its text: of other columns it has none, which a filter
+    may allow.
+
+    Returns:
+        As json_reader.
+    """
+
+    def read(data: bytes, place: str) -> bytes | BadRecord | Filtered:
+        if wanted.where is not None:
+            try:
+                if not wanted.where.wants(dict.fromkeys(wanted.where.columns)):
+                    return Filtered(1)
+            except filters.AbsentError as error:
+                where = f"{wanted.name}, {shown(place)}"
+                raise filters.absent(where, str(error), "its text alone") from None
+        return data if is_utf8(data) else bad(place, "the text is not UTF-8")
+
+    return read
+
+
 class _Picking:
     """Picks what is wanted out of a record one by one, and says what is wrong with it."""
 

@@ -242,6 +242,15 @@ def test_nothing_on_the_way_to_the_text_is_a_bad_record(tmp_path: Path, name: st
     assert sum(isinstance(one, BadRecord) for one in items) == 4
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.columns], ids=lambda f: f.name)
+def test_texts_have_no_columns_to_filter_by(tmp_path: Path, form: Form) -> None:
+    path = write(tmp_path, form, "")
+    with pytest.raises(ShardError, match=r"has no 'language', which data\.filter names"):
+        read(path, Filter(languages=["en"]))
+    assert texts(read(path, Filter(where="optional(language) is None"))) == TEXTS
+    assert texts(read(path, Filter(where="optional(language) == 'en'"))) == []
+
+
 _END_TO_END = [
     ("file", "parquet", ""), ("http", "jsonl", "xz"), ("file", "tar", "lz4"),
     ("http", "arrow", ""), ("file", "txt", "bz2"),
