@@ -5,17 +5,22 @@ Runs in: decompressors. Pure: a block depends on the shard's content and the con
 Whole documents are gathered until the next would not fit. A document larger than a block is cut
 where the tokenizer's own pattern always cuts, and its pieces are blocks of their own. Documents
 come one by one, or many in one buffer: then none of them becomes a Python object of its own.
+
+Every block says where the next one begins (messages.BlockStart): behind some records after an
+entry, a point at which the shard's reader can begin. A reader yields its entries between the
+documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.messages import BadRecord
+from pipeline.messages import BadRecord, BlockStart, Entry
 
 _NAMED_BAD = 100  # bad records that a block names; the rest is only counted
 
@@ -36,8 +41,21 @@ class Texts(NamedTuple):
         for start, end in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True):
             yield bytes(raw[start:end])
 
+    def chosen(self, keep: Sequence[bool]) -> Iterator[tuple[bool, Texts]]:
+        """Stretches of documents that are all kept or all left out, still in their buffer."""
+        for kept, run in itertools.groupby(range(len(keep)), keep.__getitem__):
+            first, *_, last = [*run] * 2
+            yield kept, Texts(self.text, self.offsets[first : last + 2])
 
-Documents = Iterator[bytes | Texts | BadRecord]
+
+class Filtered(NamedTuple):
+    """Documents that a filter has left out, in a row."""
+
+    count: int
+
+
+Item = bytes | Texts | BadRecord | Filtered | Entry
+Documents = Iterator[Item]
 
 
 @dataclass
@@ -46,7 +64,8 @@ class BlockData:
 
     pieces: buffers that hold the documents' bytes one after the other; lengths: of every document
     (of its part, where one is cut). continues: the first goes on with the document that the
-    previous block cut. begins: documents that begin in this block.
+    previous block cut. begins: documents that begin in this block. filtered: documents left out.
+    next: where the block behind it begins; set when it is whole.
     """
 
     pieces: list[bytes | np.ndarray] = field(default_factory=list)
@@ -55,6 +74,8 @@ class BlockData:
     begins: int = 0
     num_bad: int = 0
     bad: list[BadRecord] = field(default_factory=list)
+    filtered: int = 0
+    next: BlockStart | None = None
 
     def add(self, piece: bytes | np.ndarray, lengths: list[int]) -> None:
         """Take documents that begin here."""
@@ -70,30 +91,40 @@ class BlockData:
 
 
 def blocks(
-    documents: Iterable[bytes | Texts | BadRecord],
+    documents: Iterable[Item],
     *,
     block_bytes: int,
     max_documents: int,
     cut: Callable[[bytes, int], int],
+    begin: BlockStart | None = None,
 ) -> Iterator[BlockData]:
     """Gather documents into blocks.
 
     Args:
-        documents: UTF-8 texts; a BadRecord is carried with the block that is being gathered.
+        documents: UTF-8 texts; what else comes between them (bad records, filtered documents) is
+            counted with the block that is being gathered.
         block_bytes: Text that a block holds at most.
         max_documents: Documents that a block holds at most.
         cut: (text, limit) → the last safe cut ≤ limit, or 0; see encoding.safe_cut.
+        begin: Gather the blocks from this one on; documents come from its entry on.
 
     Yields:
-        Blocks with at least one document each; a last one without any only if bad records are
-        left to report.
+        Blocks with at least one document each; a last one without any only if bad records or
+        filtered documents are left to report.
 
     Raises:
         ShardError: what documents has raised. The block that was being gathered is lost with the
             rest of the shard: it would be another one if the shard healed, and a resume could not
             make the same choice.
     """
-    gathering = _Gathering(block_bytes, max_documents, cut)
+    start = begin or BlockStart(Entry(), 0)
+    gathering = _Gathering(block_bytes, max_documents, cut, start)
+    yield from itertools.islice(
+        _gather(gathering, _behind(documents, start.records)), start.pieces, None
+    )
+
+
+def _gather(gathering: _Gathering, documents: Iterable[Item]) -> Iterator[BlockData]:
     for document in documents:
         match document:
             case bytes():
@@ -102,38 +133,81 @@ def blocks(
                 yield from gathering.add_all(document)
             case BadRecord():
                 gathering.skip(document)
-    if gathering.block.lengths or gathering.block.num_bad:
-        yield gathering.block
+            case Filtered():
+                gathering.leave_out(document.count)
+            case Entry():
+                gathering.enter(document)
+    last = gathering.finish()
+    if last.lengths or last.num_bad or last.filtered:
+        yield last
+
+
+def _behind(documents: Iterable[Item], records: int) -> Documents:
+    """What comes behind so many records; entries among those are none of the reader's any more."""
+    rest = iter(documents)
+    while records:
+        document = next(rest, None)
+        match document:
+            case None:
+                return
+            case Texts() if (size := len(document.offsets) - 1) > records:
+                yield Texts(document.text, document.offsets[records:])
+                break
+            case Filtered() if document.count > records:
+                yield Filtered(document.count - records)
+                break
+            case Texts():
+                records -= size
+            case Filtered():
+                records -= document.count
+            case bytes() | BadRecord():
+                records -= 1
+    yield from rest
 
 
 class _Gathering:
     """The block that is being filled, and the rule that says when it is full."""
 
     def __init__(
-        self, block_bytes: int, max_documents: int, cut: Callable[[bytes, int], int]
+        self,
+        block_bytes: int,
+        max_documents: int,
+        cut: Callable[[bytes, int], int],
+        begin: BlockStart,
     ) -> None:
         self._block_bytes, self._max_documents, self._cut = block_bytes, max_documents, cut
         self.block, self._size = BlockData(), 0
-        self._records = 0  # met so far, bad ones included
+        self._entry, self._records = begin.entry, begin.records  # met since then, of every kind
+
+    def enter(self, entry: Entry) -> None:
+        """The reader could begin here."""
+        self._entry, self._records = entry, 0
 
     def skip(self, record: BadRecord) -> None:
         """A record that has no text."""
         self._records += 1
         self.block.skip(record)
 
-    def _start_over(self) -> BlockData:
+    def leave_out(self, count: int) -> None:
+        """Documents that a filter does not want."""
+        self._records += count
+        self.block.filtered += count
+
+    def finish(self, pieces: int = 0) -> BlockData:
+        """The block as it is; the next begins with the next record, or inside it, behind pieces."""
         full, self.block, self._size = self.block, BlockData(), 0
+        full.next = BlockStart(self._entry, self._records, pieces)
         return full
 
     def add(self, document: bytes) -> Iterator[BlockData]:
         """One document; yields the blocks that it completes."""
         size, block = len(document), self.block
-        self._records += 1
         if block.lengths and (
             self._size + size > self._block_bytes or len(block.lengths) == self._max_documents
         ):
-            yield self._start_over()
+            yield self.finish()
         if size <= self._block_bytes:
+            self._records += 1
             self.block.add(document, [size])
             self._size += size
             return
@@ -143,13 +217,15 @@ class _Gathering:
                 f"its {size} bytes are more than data.stream.block_bytes ({self._block_bytes}) and "
                 "have no place where they may be cut"
             )
-            self.block.skip(BadRecord(f"record {self._records}", reason))
+            number = self._entry.records + self._records + 1
+            self.skip(BadRecord(f"record {number}", reason))
             return
         for number, piece in enumerate(pieces):
-            block = self._start_over()
-            block.pieces, block.lengths = [piece], [len(piece)]
-            block.continues, block.begins = number > 0, int(number == 0)
-            yield block
+            self.block.pieces, self.block.lengths = [piece], [len(piece)]
+            self.block.continues, self.block.begins = number > 0, int(number == 0)
+            last = number == len(pieces) - 1
+            self._records += last
+            yield self.finish(0 if last else number + 1)
 
     def add_all(self, texts: Texts) -> Iterator[BlockData]:
         """Many documents, by the same rule; yields the blocks that they complete."""
@@ -165,7 +241,7 @@ class _Gathering:
                 self._records += upto - at
                 at = upto
             elif self.block.lengths:
-                yield self._start_over()
+                yield self.finish()
             else:  # larger than a block
                 yield from self.add(texts.text[offsets[at] : offsets[at + 1]].tobytes())
                 at += 1

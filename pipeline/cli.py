@@ -54,6 +54,14 @@ _KEYS = {
     "epochs": "data.stream.epochs",
     "shuffle": "data.stream.shuffle",
     "text_field": "data.stream.text_field",
+    "min_chars": "data.filter.min_chars",
+    "max_chars": "data.filter.max_chars",
+    "language": "data.filter.languages",
+    "min_language_score": "data.filter.min_language_score",
+    "dump": "data.filter.dumps",
+    "from_date": "data.filter.from_date",
+    "before_date": "data.filter.before_date",
+    "where": "data.filter.where",
     "max_bad_records": "data.stream.max_bad_records",
     "max_bad_shards": "data.stream.max_bad_shards",
     "cache_dir": "data.stream.cache_dir",
@@ -85,7 +93,25 @@ def _stream_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--lanes", type=click.IntRange(1), metavar="N",
                      help="Ordered token streams that are read in turns."),
         click.option("--text-field", metavar="NAME",
-                     help="JSON field or parquet column that holds the text.  [default: text]"),
+                     help="JSON field or column that holds the text; /a/b/0 is what is nested.  "
+                     "[default: text]"),
+        click.option("--min-chars", type=click.IntRange(0), metavar="N",
+                     help="Only documents of N characters or more."),
+        click.option("--max-chars", type=click.IntRange(0), metavar="N",
+                     help="Only documents of N characters or fewer."),
+        click.option("--language", multiple=True, metavar="CODE",
+                     help="Only documents whose column language is this; several times."),
+        click.option("--min-language-score", type=float, metavar="X",
+                     help="Only documents whose column language_score is X or more."),
+        click.option("--dump", multiple=True, metavar="NAME",
+                     help="Only documents of this crawl: CC-MAIN-2024-10; several times."),
+        click.option("--from-date", metavar="DATE",
+                     help="Only documents whose column date is this (2024-02) or later."),
+        click.option("--before-date", metavar="DATE",
+                     help="Only documents whose column date is earlier than this."),
+        click.option("--where", metavar="CONDITION",
+                     help="Only documents for which this holds: token_count < 4096 and not "
+                     "'wiki' in url."),
         click.option("--max-bad-records", type=click.IntRange(0), metavar="N",
                      help="Records that may be skipped before the run ends.  [default: 1000]"),
         click.option("--max-bad-shards", type=click.IntRange(0), metavar="N",
@@ -285,7 +311,7 @@ def chaos(seed: int, minutes: float, kind: str, as_json: bool) -> None:
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     """Options that were given, by configuration key."""
     given = {
-        _KEYS[name]: list(value) if name == "shards" else value
+        _KEYS[name]: list(value) if isinstance(value, tuple) else value
         for name, value in options.items()
         if value not in (None, ())
     }
@@ -349,7 +375,7 @@ def describe(outcome: Outcome) -> str:
         f"  {summary['fetched_shards']} shards fetched, {summary['evicted_shards']} evicted; "
         f"peak disk {summary['peak_disk_bytes'] / 1e9:.4f} GB, peak memory "
         f"{summary['peak_rss_bytes'] / 1e9:.2f} GB; {summary['restarts']} restarts, "
-        f"{summary['bad_records']} bad records"
+        f"{summary['bad_records']} bad records, {summary['filtered']:,} documents filtered out"
     )
     return "\n".join(lines)
 

@@ -2,8 +2,9 @@
 
 Runs in: decompressors. Memory is bounded by one record: a line, a member, a page of a column.
 
-    tar · jsonl, each plain, .bz2, .gz or .zst        parquet
-    tar members: .json (a document), .jsonl (a document a line), .txt (the text itself)
+    tar · jsonl · txt, each plain, .bz2, .gz, .zst, .xz or .lz4        parquet · arrow
+    tar members: .json (a document), .jsonl (a document a line), .txt (the text itself), each
+    plain or compressed again
 
 The content decides; the name is asked only where content does not tell. What cannot be used is
 never passed over in silence: one record is a BadRecord in its place, anything larger ends the
@@ -14,47 +15,68 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, cast
 
-import numpy as np
+import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline import compression, tar
-from pipeline.blocks import Documents, Texts
+from pipeline import compression, fields, lines, tables, tar
+from pipeline.blocks import Documents, Filtered, Texts
 from pipeline.errors import ShardError
-from pipeline.records import bad, is_utf8, json_reader, shown
+from pipeline.filters import Where
+from pipeline.lines import ENTRY_BYTES, MAX_RECORD_BYTES
+from pipeline.messages import Entry
+from pipeline.records import JsonReader, Wanted, bad, json_reader, shown, text_reader
 
-MAX_RECORD_BYTES = 1 << 26  # a line or member beyond this is no document
-_ROWS = 1024
-_MAX_BATCH_BYTES = 1 << 26  # texts of that many rows; beyond it they are taken one by one
 _DAMAGED = (*compression.DAMAGED, MemoryError, tar.Error, pa.ArrowException)
 _REMEDY = (
     "fetch or make the shard again, or let the run go on without the rest of it with "
     "--max-bad-shards"
 )
+_KNOWN = "give tar, jsonl, txt, parquet or arrow shards, the first three plain or compressed"
 
 
-def open_documents(path: str, name: str, text_field: str) -> Documents:
+def open_documents(
+    source: str | BinaryIO,
+    name: str,
+    text_field: str,
+    *,
+    where: Where | None = None,
+    begin: Entry | None = None,
+) -> Documents:
     """The shard's texts as UTF-8 bytes, in order, one by one or many in one buffer, with a
-    BadRecord in the place of each that cannot be used.
+    BadRecord in the place of each that cannot be used. Between them stand those that the filter
+    has left out, counted, and the entries at which reading could begin as well.
 
     Args:
-        path: Local file.
+        source: A local file, or an open one at its start, which is closed in the end.
         name: The shard's name: for messages, and for the format where the content is silent.
-        text_field: JSON field or parquet column that holds the text.
+        text_field: JSON field or column that holds the text: pipeline/fields.py.
+        where: Only documents for which this holds.
+        begin: An entry that reading told before: begin there.
 
     Raises:
-        ShardError: the file is damaged, cut off, or of no known form; says how far it was read.
+        ShardError: the file is damaged, cut off, or of no known form, says how far it was read; or
+            it lacks a column.
     """
-    done = 0
+    done = begin.records if begin is not None else 0
+    wanted = Wanted(name, fields.parse(text_field), where)
     try:
-        for document in _documents(path, name, text_field):
+        for document in _documents(source, wanted, begin or Entry()):
+            match document:
+                case Entry():
+                    yield msgspec.structs.replace(document, records=done)
+                    continue
+                case Texts():
+                    done += len(document.offsets) - 1
+                case Filtered():
+                    done += document.count
+                case _:
+                    done += 1
             yield document
-            done += len(document.offsets) - 1 if isinstance(document, Texts) else 1
     except _DAMAGED as error:
         why = shown(f"{type(error).__name__}: {error}")
         raise ShardError(f"{name} is damaged or cut off after record {done}: {why}", _REMEDY) from (
@@ -62,84 +84,131 @@ def open_documents(path: str, name: str, text_field: str) -> Documents:
         )
 
 
-def _documents(path: str, name: str, field: str) -> Documents:
-    with Path(path).open("rb") as file:
+def _documents(source: str | BinaryIO, wanted: Wanted, begin: Entry) -> Documents:
+    path = source if isinstance(source, str) else None
+    with ExitStack() as stack:
+        file = stack.enter_context(_opened(source))
         head = file.read(8)
         file.seek(0)
         if head.startswith(b"PAR1"):
-            yield from _parquet(file, name, field)
+            yield from tables.parquet(file, wanted, begin)
             return
-        kind = compression.by_content(head)
-        with compression.open_stream(file, path, kind) as stream:
-            start = stream.read(512)
-            container = _container(start, kind, name)
-            rest = io.BufferedReader(compression.Forward(start, stream), compression.CHUNK_BYTES)
-            if container == "tar":
-                yield from _tar(cast(BinaryIO, rest), field)
+        if head == tables.ARROW_FILE or head.startswith(tables.ARROW_STREAM):
+            yield from tables.arrow(file, path, wanted, begin)
+            return
+        kind = compression.by_content(head, compression.by_name(wanted.name))
+        opened = compression.open_stream(file, kind, path)
+        start = stack.enter_context(opened.stream).read(512)
+        container = _container(start, kind, wanted.name)
+        if begin.at:
+            file = stack.enter_context(_opened(source))
+            file.seek(0)
+            start, opened = b"", compression.open_stream(file, kind, path, begin)
+            stack.enter_context(opened.stream)
+        forward = compression.Forward(start, opened.stream, opened.position)
+        stream = cast(BinaryIO, io.BufferedReader(forward, compression.CHUNK_BYTES))
+        while (left := begin.at - stream.tell()) > 0:
+            if not stream.read(min(ENTRY_BYTES, left)):
+                raise EOFError(f"it ends before byte {begin.at}, which was read before")
+            yield Filtered(0)  # nothing yet, but work goes on
+        for document in _READERS[container](stream, wanted, begin):
+            if isinstance(document, Entry):
+                yield msgspec.structs.replace(document, bz2=opened.bz2_at(document.at))
             else:
-                yield from _lines(cast(BinaryIO, rest), field, "")
+                yield document
+
+
+def _opened(source: str | BinaryIO) -> BinaryIO:
+    return Path(source).open("rb") if isinstance(source, str) else source
 
 
 def _container(start: bytes, kind: str | None, name: str) -> str:
-    """tar or jsonl, by the first 512 bytes of the decompressed stream, then by name.
+    """tar, jsonl or txt, by the first 512 bytes of the decompressed stream, then by name.
 
     Raises:
-        ShardError: it is neither.
+        ShardError: it is none of them.
     """
     if start[257:262] == b"ustar":
         return "tar"
-    if _first_line(start).lstrip()[:1] == b"{":
-        return "jsonl"
+    parts = name.lower().rsplit("/", 1)[-1].split(".")
     promised = compression.by_name(name)
     inner = compression.by_content(start)
     what = f"it begins with {start[:16]!r}"
-    if kind is not None and (inner or start.startswith(b"PAR1")):
-        what = f"what is inside its {kind} stream is {inner or 'parquet'} again"
+    if kind is not None and (inner or start.startswith((b"PAR1", b"ARROW1"))):
+        within = inner or ("arrow" if start.startswith(b"ARROW1") else "parquet")
+        what = f"what is inside its {kind} stream is {within} again"
+    elif promised and kind is None and not _is_json(start):
+        what = f"its name promises {promised}, and {what if start else 'it is empty'}"
+    elif {"txt", "text"} & {*parts[1:]}:
+        return "txt"
+    elif _is_json(start):
+        return "jsonl"
     elif start.startswith(b"PARE"):
         what = "it is encrypted parquet"
     elif start.lstrip()[:1] == b"[":
         what = "it is a JSON array, not one object a line"
-    elif promised and kind is None:
-        what = f"its name promises {promised}, and {what if start else 'it is empty'}"
-    else:
-        parts = name.lower().rsplit("/", 1)[-1].split(".")
-        if "tar" in parts or parts[-1] in ("tgz", "tbz2", "tbz"):
-            return "tar"
-        if {"jsonl", "json", "ndjson"} & set(parts):
-            return "jsonl"
-    raise ShardError(
-        f"{name} is of no known form: {what}",
-        "give tar, jsonl or parquet shards, the first two plain or as .bz2, .gz or .zst",
-    )
+    elif "tar" in parts or parts[-1] in ("tgz", "tbz2", "tbz", "txz", "tzst"):
+        return "tar"
+    elif {"jsonl", "json", "ndjson"} & set(parts):
+        return "jsonl"
+    raise ShardError(f"{name} is of no known form: {what}", _KNOWN)
 
 
-def _first_line(data: bytes) -> bytes:
-    """Without a byte order mark, which some editors put before the first line."""
-    return data.removeprefix(b"\xef\xbb\xbf")
+def _is_json(start: bytes) -> bool:
+    return lines.first_line(start).lstrip()[:1] == b"{"
 
 
 # ── tar ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _tar(stream: BinaryIO, field: str) -> Documents:
-    read = json_reader(field)
+def _tar(stream: BinaryIO, wanted: Wanted, begin: Entry) -> Documents:
+    read, read_text = json_reader(wanted), text_reader(wanted)
+    told = begin.at
     for member in tar.members(stream, MAX_RECORD_BYTES):
-        name = member.name
-        suffix = name.rsplit(".", 1)[-1].lower()
-        if suffix not in ("json", "jsonl", "txt") or _is_meta(name):
+        if member.offset is not None and member.offset >= told + ENTRY_BYTES:
+            told = member.offset
+            yield Entry(told)
+        plain, suffix = _suffix(member.name)
+        if suffix not in ("json", "jsonl", "ndjson", "txt") or _is_meta(member.name):
             continue
-        place, data = f"member {name}", member.data
+        place, data = f"member {member.name}", member.data
         if data is None:
             yield bad(place, "it is a link or a device, not a file")
-        elif suffix == "jsonl":
-            lines = io.BytesIO(data) if isinstance(data, bytes) else data
-            yield from _lines(cast(BinaryIO, lines), field, f"{place}, ")
+        elif suffix in ("jsonl", "ndjson") or not plain:
+            file = cast(BinaryIO, io.BytesIO(data) if isinstance(data, bytes) else data)
+            yield from _file(file, suffix, read_text if suffix == "txt" else read, place)
         elif not isinstance(data, bytes):
             yield bad(place, f"its {member.size} bytes are more than {MAX_RECORD_BYTES}")
-        elif suffix == "json":
-            yield read(data, place)
         else:
-            yield data if is_utf8(data) else bad(place, "the text is not UTF-8")
+            yield read_text(data, place) if suffix == "txt" else read(data, place)
+
+
+def _file(file: BinaryIO, suffix: str, read: JsonReader, place: str) -> Documents:
+    """The documents of a member that is a file of lines, or compressed, or both."""
+    head = file.read(8)
+    file.seek(0)
+    kind = compression.by_content(head)
+    stream = compression.open_stream(file, kind).stream
+    try:
+        if suffix in ("jsonl", "ndjson"):
+            yield from lines.documents(stream, read, f"{place}, ")
+            return
+        data = stream.read(MAX_RECORD_BYTES + 1)
+        if len(data) > MAX_RECORD_BYTES:
+            yield bad(place, f"it has more than {MAX_RECORD_BYTES} bytes")
+            while stream.read(compression.CHUNK_BYTES):
+                pass
+        else:
+            yield read(data, place)
+    except compression.DAMAGED as error:
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def _suffix(name: str) -> tuple[bool, str]:
+    """Whether a member's name promises no compression, and the suffix that says what it is."""
+    compressed = compression.by_name(name)
+    *_, last = (name.rsplit(".", 1)[0] if compressed else name).lower().rsplit(".", 1)
+    return compressed is None, last
 
 
 def _is_meta(name: str) -> bool:
@@ -147,114 +216,10 @@ def _is_meta(name: str) -> bool:
     return name.startswith("__") and re.match(r"__[^/]*__($|/)", name) is not None
 
 
-# ── jsonl ───────────────────────────────────────────────────────────────────────────────────
-
-
-def _lines(stream: BinaryIO, field: str, where: str) -> Documents:
-    """One document a line; empty lines are none."""
-    read = json_reader(field)
-    for number, line in enumerate(_split(stream), 1):
-        if line is None:
-            yield bad(f"{where}line {number}", f"it is longer than {MAX_RECORD_BYTES} bytes")
-        elif line and not line.isspace():
-            text = _first_line(line) if number == 1 else line
-            yield read(text, f"{where}line {number}")
-
-
-def _split(stream: BinaryIO) -> Iterator[bytes | None]:
-    """Lines without their ends; None for one that is too long to be kept."""
-    parts: list[bytes] = []
-    size = 0
-    while chunk := stream.read(compression.CHUNK_BYTES):
-        *ends, tail = chunk.split(b"\n")
-        for end in ends:
-            size += len(end)
-            yield b"".join((*parts, end)) if size <= MAX_RECORD_BYTES else None
-            parts, size = [], 0
-        size += len(tail)
-        parts = [*parts, tail] if size <= MAX_RECORD_BYTES else []
-    if size:
-        yield b"".join(parts) if size <= MAX_RECORD_BYTES else None
-
-
-# ── parquet ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _parquet(file: BinaryIO, name: str, field: str) -> Documents:
-    shard = pq.ParquetFile(file, pre_buffer=False)
-    columns = shard.schema_arrow.names
-    if field not in columns:
-        raise ShardError(
-            f"{name} has no column {field!r}: it has {shown(', '.join(columns))}",
-            "name the text column with data.stream.text_field or --text-field",
-        )
-    kind = shard.schema_arrow.field(field).type
-    if not _is_text(kind):
-        raise ShardError(
-            f"{name}: its column {field!r} holds {shown(str(kind))}, not text",
-            "name the text column with data.stream.text_field or --text-field",
-        )
-    # a dictionary stays one: a small file may name one large text a million times
-    shard = pq.ParquetFile(file, metadata=shard.metadata, pre_buffer=False, read_dictionary=[field])
-    for group in range(shard.num_row_groups):
-        row = 0
-        for batch in shard.iter_batches(_ROWS, row_groups=[group], columns=[field]):
-            column = batch.column(0)
-            texts = _texts(column)
-            if texts is not None:
-                yield texts
-                row += len(column)
-                continue
-            for document in _column(column):
-                if isinstance(document, bytes):
-                    yield document
-                else:
-                    yield bad(f"row {row} of row group {group}", document)
-                row += 1
-        promised = shard.metadata.row_group(group).num_rows
-        if row != promised:
-            raise ValueError(f"row group {group} has {row} rows and claims {promised}")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    """Whether a column's values can be texts."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    texts = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
-    return kind in texts or pa.types.is_null(kind)
-
-
-def _texts(column: pa.Array) -> Texts | None:
-    """The texts of a column as one buffer, without copying them once more; None if one of them
-    is null or no UTF-8, or if they are too large together."""
-    if pa.types.is_dictionary(column.type):
-        if column.dictionary.null_count or column.null_count:
-            return None
-        lengths = pc.binary_length(column.dictionary).to_numpy()
-        if lengths[column.indices.to_numpy()].sum() > _MAX_BATCH_BYTES:
-            return None
-        column = column.dictionary_decode()
-    if column.null_count:
-        return None
-    try:
-        column = column.cast(pa.large_string())
-        column.validate(full=True)
-    except pa.ArrowInvalid:
-        return None
-    _, offsets, text = column.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
-    return Texts(np.frombuffer(text or b"", np.uint8), bounds)
-
-
-def _column(column: pa.Array) -> Iterator[bytes | str]:
-    """The texts of a column as bytes, or what is wrong with one."""
-    if pa.types.is_dictionary(column.type):
-        values = list(_column(column.dictionary))
-        for index in column.indices.to_pylist():
-            yield "the text is null" if index is None else values[index]
-        return
-    for data in column.cast(pa.large_binary()).to_pylist():
-        if data is None:
-            yield "the text is null"
-        else:
-            yield data if is_utf8(data) else "the text is not UTF-8"
+_READERS: dict[str, Callable[[BinaryIO, Wanted, Entry], Documents]] = {
+    "tar": _tar,
+    "jsonl": lambda stream, wanted, begin: lines.documents(
+        stream, json_reader(wanted), begin=begin
+    ),
+    "txt": lambda stream, wanted, begin: lines.texts(stream, text_reader(wanted), begin),
+}

@@ -40,7 +40,7 @@ class Stream(Section):
     """Where the shards are and how they are streamed."""
 
     shards: list[str] = []  # patterns: URLs or paths with {000..123} braces
-    text_field: str = "text"  # JSON field or parquet column
+    text_field: str = "text"  # JSON field or column of a table; /a/b/0 is what is nested
     lanes: int = 8  # ordered token streams a batch is mixed from; at most the number of shards
     shuffle: bool = True  # permute the shards per epoch by system.seed
     epochs: int | None = None  # passes over the shards; null repeats them for ever
@@ -73,10 +73,24 @@ class Validation(Section):
     tokens: int = 262_144  # the first tokens of those documents
 
 
+class Filter(Section):
+    """Which documents are read: all of these must hold. The columns are those of FineWeb."""
+
+    min_chars: int | None = None  # characters (code points) of the text
+    max_chars: int | None = None
+    languages: list[str] = []  # column language is one of these
+    min_language_score: float | None = None  # column language_score
+    dumps: list[str] = []  # column dump is one of these: CC-MAIN-2024-10
+    from_date: str | None = None  # column date, in ISO's form, is this or later
+    before_date: str | None = None  # and earlier than this
+    where: str | None = None  # any condition over columns: pipeline/expressions.py
+
+
 class Data(Section):
     preprocessing: Preprocessing = Preprocessing()
     tokenizer: Tokenizer = Tokenizer()
     stream: Stream = Stream()
+    filter: Filter = Filter()
     validation: Validation = Validation()
 
 
@@ -313,6 +327,7 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
     dims, heads = config.model.dimensions, config.model.attention
     schedule, log = config.training.scheduler, config.logging
     validation, guards = config.data.validation, config.training.guards
+    chosen = config.data.filter
     kv_heads = heads.num_kv_heads or heads.num_heads
     head_dim = heads.head_dim or dims.hidden_size // heads.num_heads
     seq_len = config.data.preprocessing.max_context_size
@@ -366,6 +381,13 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         (0 <= schedule.min_lr_ratio <= 1, "training.scheduler.min_lr_ratio", "it is not in [0, 1]"),
         (schedule.warmup_steps >= 0, "training.scheduler.warmup_steps", "it is negative"),
         (0 <= validation.share < 1, "data.validation.share", "it is not in [0, 1)"),
+        (
+            chosen.min_chars is None
+            or chosen.max_chars is None
+            or chosen.min_chars <= chosen.max_chars,
+            "data.filter.max_chars",
+            f"{chosen.max_chars} is less than min_chars, so no document fits",
+        ),
         (
             not (validation.shards and validation.share),
             "data.validation.shards",

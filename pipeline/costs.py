@@ -10,6 +10,7 @@ import bz2
 import contextlib
 import gzip
 import io
+import lzma
 import platform
 import tarfile
 import tempfile
@@ -19,6 +20,7 @@ from importlib import metadata
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import zstandard
 
 from pipeline import user_cache
@@ -84,11 +86,13 @@ def _cpu_s(work: Callable[[], object]) -> float:
 def form_of(name: str) -> str:
     """A shard's format as its name tells it: tar.bz2, jsonl.zst, parquet …"""
     last = name.lower().rsplit("/", 1)[-1]
-    for short, long in (("tgz", "tar.gz"), ("tbz2", "tar.bz2"), ("tbz", "tar.bz2")):
+    for short, long in (("tgz", "tar.gz"), ("tbz2", "tar.bz2"), ("tbz", "tar.bz2"),
+                        ("txz", "tar.xz"), ("tzst", "tar.zst")):  # fmt: skip
         last = last.removesuffix(short) + long if last.endswith(f".{short}") else last
     parts = last.split(".")
     container = next((part for part in parts if part in _CONTAINERS), "jsonl")
-    compression = parts[-1] if parts[-1] in _COMPRESSIONS and container != "parquet" else ""
+    whole = container in ("parquet", "arrow")
+    compression = parts[-1] if parts[-1] in _COMPRESSIONS and not whole else ""
     return f"{container}.{compression}".rstrip(".")
 
 
@@ -136,7 +140,6 @@ def _tar(texts: list[str]) -> bytes:
 
 
 def _parquet(texts: list[str]) -> bytes:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     out = io.BytesIO()
@@ -144,14 +147,32 @@ def _parquet(texts: list[str]) -> bytes:
     return out.getvalue()
 
 
+def _arrow(texts: list[str]) -> bytes:
+    out, table = io.BytesIO(), pa.table({_FIELD: texts})
+    with pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue()
+
+
+def _lz4(data: bytes) -> bytes:
+    out = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(out, "lz4") as stream:
+        stream.write(data)
+    return bytes(out.getvalue())
+
+
 _CONTAINERS: dict[str, Callable[[list[str]], bytes]] = {
     "tar": _tar,
     "jsonl": _jsonl,
+    "txt": lambda texts: b"\n<|endoftext|>\n".join(text.encode() for text in texts),
     "parquet": _parquet,
+    "arrow": _arrow,
 }
 _COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     "bz2": bz2.compress,
     "gz": gzip.compress,
     "zst": zstandard.compress,
+    "xz": lambda data: lzma.compress(data, preset=1),
+    "lz4": _lz4,
 }

@@ -123,7 +123,14 @@ class Filling:
         state.emit(
             Send(
                 worker.name,
-                OpenShard(run.stream, file.path, state.name(run), run.next_block, run.end_block),
+                OpenShard(
+                    run.stream,
+                    file.path,
+                    state.name(run),
+                    run.next_block,
+                    run.end_block,
+                    run.place,
+                ),
             )
         )
 
@@ -162,10 +169,13 @@ class Filling:
             text_bytes=message.text_bytes,
             documents=message.documents,
             num_bad=message.num_bad,
+            filtered=message.filtered,
+            place=run.place,
         )
         self._next_block += 1
         assert message.block == run.next_block, "a decompressor skipped or repeated a block"
         run.next_block += 1
+        run.place = message.next
         run.blocks[block.number] = block
         self._report_bad(run, message.num_bad, message.bad)
         place = (run.lane, run.sequence, block.number, False)
@@ -180,7 +190,7 @@ class Filling:
         if run.ended:  # left out while its decompressor was being killed
             return
         run.num_blocks = message.num_blocks
-        run.ended_bad = message.num_bad
+        run.ended_bad, run.ended_filtered = message.num_bad, message.filtered
         if message.num_blocks < run.next_block:
             what = f"{self.state.name(run)} has {message.num_blocks} blocks, and had more before"
             self.state.fail(ShardError(what, "the shard was changed while it was being read"))

@@ -89,7 +89,13 @@ def job_for(job: Job) -> Job:
 def _key(config: Config) -> str:
     """Names the folder: other settings are other tokens."""
     data = config.data
-    of = (data.validation, data.tokenizer, data.stream.text_field, data.stream.block_bytes)
+    of = (
+        data.validation,
+        data.filter,
+        data.tokenizer,
+        data.stream.text_field,
+        data.stream.block_bytes,
+    )
     patterns = [] if data.validation.shards else data.stream.shards
     return xxhash.xxh3_64_hexdigest(msgspec.json.encode((of, patterns)))
 

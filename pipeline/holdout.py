@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 import xxhash
 
-from pipeline.blocks import Documents, Texts
-from pipeline.messages import BadRecord
+from pipeline.blocks import Documents, Filtered, Item, Texts
+from pipeline.messages import BadRecord, Entry
 
 _SEED = 0x5EED  # a hash of its own: not the digests that are used elsewhere
 
@@ -22,20 +22,20 @@ def is_held_out(text: bytes | memoryview, share: float) -> bool:
     return xxhash.xxh3_64_intdigest(text, _SEED) < share * 2**64
 
 
-def select(
-    documents: Iterable[bytes | Texts | BadRecord], share: float, *, held_out: bool
-) -> Documents:
+def select(documents: Iterable[Item], share: float, *, held_out: bool) -> Documents:
     """The documents of one side.
 
     Args:
         documents: Of a shard.
         share: That is held out.
-        held_out: Yield the held-out ones; else all others, and the bad records with them, so
-            that each is counted once.
+        held_out: Yield the held-out ones; else all others, and the bad and filtered records with
+            them, so that each is counted once.
     """
     for document in documents:
         match document:
-            case BadRecord():
+            case Entry():
+                yield document
+            case BadRecord() | Filtered():
                 if not held_out:
                     yield document
             case Texts():
@@ -49,8 +49,4 @@ def _runs(texts: Texts, share: float, held_out: bool) -> Documents:
     """Stretches of documents of one side, still in their buffer."""
     raw, bounds = memoryview(texts.text), texts.offsets.tolist()
     sides = [is_held_out(raw[a:b], share) == held_out for a, b in itertools.pairwise(bounds)]
-    for wanted, run in itertools.groupby(range(len(sides)), sides.__getitem__):
-        if wanted:
-            first, *_, last = [*run] * 2
-            offsets = texts.offsets[first : last + 2]
-            yield Texts(texts.text[offsets[0] : offsets[-1]], offsets - offsets[0])
+    return (run for wanted, run in texts.chosen(sides) if wanted)

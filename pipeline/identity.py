@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import msgspec
 import xxhash
 
+from pipeline import filters
 from pipeline.catalog import Shard
-from pipeline.config import Config
+from pipeline.config import Config, Filter
 from pipeline.errors import CursorMismatchError
 from pipeline.messages import Cursor
 from pipeline.redaction import redact
@@ -43,6 +44,7 @@ def identity(
         "data.stream.lanes": str(lanes),
         "data.stream.shuffle": str(stream.shuffle),
         "data.stream.block_bytes": str(stream.block_bytes),
+        "data.filter": _filter(config.data.filter),
         "data.validation.shards": ", ".join(apart) or "none",
         "data.validation.share": f"{validation.share}{', held out' if held_out else ''}",
         "data.tokenizer.name": tokenizer.name,
@@ -50,6 +52,13 @@ def identity(
         "data.preprocessing.max_context_size": str(config.data.preprocessing.max_context_size),
         "system.seed": str(config.system.seed) if stream.shuffle else "none",
     }
+
+
+def _filter(chosen: Filter) -> str:
+    lengths = f"{chosen.min_chars or 0} to {chosen.max_chars or 'any'} characters"
+    limited = chosen.min_chars is not None or chosen.max_chars is not None
+    parts = [filters.condition(chosen), lengths if limited else ""]
+    return ", ".join(part for part in parts if part) or "none"
 
 
 def fingerprint(entries: dict[str, str]) -> str:

@@ -46,6 +46,28 @@ class BadRecord(msgspec.Struct, frozen=True, array_like=True):
     reason: str
 
 
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """A point of a shard at which its reading can begin.
+
+    at: a byte of the decompressed stream, a row group (parquet) or a record batch (arrow).
+    records, lines: how many come before it, for messages. bz2: see pipeline/bz2_entry.py.
+    """
+
+    at: int = 0
+    records: int = 0
+    lines: int = 0
+    bz2: tuple[int, int, int] | None = None
+
+
+class BlockStart(msgspec.Struct, frozen=True, array_like=True):
+    """Where a block begins: behind so many records after the entry, and so many pieces of the
+    next document, which is cut."""
+
+    entry: Entry
+    records: int
+    pieces: int = 0
+
+
 class RingLayout(msgspec.Struct, frozen=True, array_like=True):
     """The ring's shape; offsets are computed in shm/layout.py."""
 
@@ -70,6 +92,7 @@ class LaneCursor(msgspec.Struct, frozen=True):
     block: int  # block of that shard
     token: int  # token of that block
     position: int  # the same token's absolute position in the lane
+    place: BlockStart | None = None  # where the block begins; None: counted from the shard's start
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -79,6 +102,7 @@ class Counts(msgspec.Struct, frozen=True):
     documents: int = 0
     text_bytes: int = 0
     bad_records: int = 0
+    filtered: int = 0  # documents that data.filter leaves out
 
 
 class Skip(msgspec.Struct, frozen=True):
@@ -187,17 +211,24 @@ class DecompressorSetup(Message):
     text_field: str
     share: float = 0.0  # of the documents is held out; see pipeline/holdout.py
     held_out: bool = False  # hand over those instead of the others
+    where: str = ""  # only documents for which this holds; see pipeline/filters.py
+    min_chars: int | None = None
+    max_chars: int | None = None
 
 
 class OpenShard(Message):
     """Make a shard readable as stream; its first skip_blocks blocks are passed over, and it
-    ends before end_block."""
+    ends before end_block.
+
+    place: where block skip_blocks begins, if it is known: then nothing before is read.
+    """
 
     stream: int
     path: str
     name: str
     skip_blocks: int
     end_block: int | None
+    place: BlockStart | None = None
 
 
 class FillBlock(Message):
@@ -211,7 +242,8 @@ class BlockFilled(Message):
     """A block stands in the slot: documents and UTF-8 bytes counted, bad records named.
 
     continues: the first piece goes on with the document that the previous block cut.
-    documents counts the documents that begin in this block.
+    documents counts the documents that begin in this block. filtered counts those that were left
+    out while it was gathered; next is where the block behind it begins.
     """
 
     stream: int
@@ -221,16 +253,20 @@ class BlockFilled(Message):
     text_bytes: int
     num_bad: int
     bad: tuple[BadRecord, ...]  # the first hundred of num_bad
+    filtered: int = 0
+    next: BlockStart | None = None
 
 
 class ShardEnded(Message):
-    """No block is left: the slot of the last FillBlock is unused. Bad records at the very end."""
+    """No block is left: the slot of the last FillBlock is unused. Bad records and filtered
+    documents at the very end."""
 
     stream: int
     slot: int
     num_blocks: int
     num_bad: int
     bad: tuple[BadRecord, ...]
+    filtered: int = 0
 
 
 class ShardUnreadable(Message):

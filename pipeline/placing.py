@@ -112,7 +112,8 @@ class Placing:
             if not run.all_positioned:
                 return
             lane.bad_records += run.ended_bad
-            run.ended_bad = 0
+            lane.filtered += run.ended_filtered
+            run.ended_bad = run.ended_filtered = 0
 
     def _record(self, lane: Lane, block: Block) -> None:
         assert block.count is not None
@@ -126,11 +127,14 @@ class Placing:
                 documents=lane.documents,
                 text_bytes=lane.text_bytes,
                 bad_records=lane.bad_records,
+                filtered=lane.filtered,
+                place=block.place,
             )
         )
         lane.documents += block.documents
         lane.text_bytes += block.text_bytes
         lane.bad_records += block.num_bad
+        lane.filtered += block.filtered
 
     def _grant(self, lane: Lane) -> None:
         """Let tokenizers write as far as the ring has room."""
@@ -295,30 +299,38 @@ class Placing:
             documents=base.documents + sum(lane.documents for lane in lanes),
             text_bytes=base.text_bytes + sum(lane.text_bytes for lane in lanes),
             bad_records=base.bad_records + sum(lane.bad_records for lane in lanes),
+            filtered=base.filtered + sum(lane.filtered for lane in lanes),
         )
 
 
-def _counts(counts: Counts) -> tuple[int, int, int, int]:
-    return counts.shards, counts.documents, counts.text_bytes, counts.bad_records
+_Counts = tuple[int, int, int, int, int]
 
 
-def _lane_cursor(lane: Lane, position: int) -> tuple[LaneCursor, tuple[int, int, int, int]]:
+def _counts(counts: Counts | Record) -> _Counts:
+    return (
+        counts.shards, counts.documents, counts.text_bytes, counts.bad_records, counts.filtered
+    )  # fmt: skip
+
+
+def _lane_cursor(lane: Lane, position: int) -> tuple[LaneCursor, _Counts]:
     """One lane's cursor, and its totals before the cursor's block."""
     for record in lane.records:
         if record.start <= position < record.end:
-            at = LaneCursor(record.sequence, record.number, position - record.start, position)
-            before = record.shards, record.documents, record.text_bytes, record.bad_records
-            return at, before
+            token = position - record.start
+            at = LaneCursor(record.sequence, record.number, token, position, record.place)
+            return at, _counts(record)
     if position == lane.base and not lane.records:
-        return lane.begin, (0, 0, 0, 0)  # the block that it points into has yet to come again
+        return lane.begin, (0, 0, 0, 0, 0)  # the block that it points into has yet to come again
     if position != lane.position:
         raise ValueError(f"lane {lane.index} was never at position {position}")
     # a shard whose last bad records are not counted yet is not behind the cursor
-    run = next((run for run in lane.runs if not run.all_positioned or run.ended_bad), None)
-    sequence = lane.next_sequence if run is None else run.sequence
-    at = LaneCursor(sequence, 0 if run is None else run.positioned, 0, position)
-    shards = sequence - lane.begin.sequence
-    return at, (shards, lane.documents, lane.text_bytes, lane.bad_records)
+    run = next((run for run in lane.runs if not run.all_positioned or run.uncounted), None)
+    if run is None:
+        at = LaneCursor(lane.next_sequence, 0, 0, position)
+    else:
+        at = LaneCursor(run.sequence, run.positioned, 0, position, run.place_of(run.positioned))
+    shards = at.sequence - lane.begin.sequence
+    return at, (shards, lane.documents, lane.text_bytes, lane.bad_records, lane.filtered)
 
 
 def _cursor_beyond(shard: str, block: Block) -> CursorMismatchError:

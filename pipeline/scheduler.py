@@ -87,6 +87,7 @@ class Scheduler:
             if lane.runs:
                 run = lane.runs[0]
                 run.next_block = run.positioned = at.block
+                run.place = at.place
                 if run.end_block is not None:
                     run.leave_out(run.end_block)
 

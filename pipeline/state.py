@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pipeline.errors import FinewebError
 from pipeline.lanes import LanePlan
-from pipeline.messages import Cursor, LaneCursor, Message, RingLayout, Skip
+from pipeline.messages import BlockStart, Cursor, LaneCursor, Message, RingLayout, Skip
 
 
 class ShardInfo(NamedTuple):
@@ -146,6 +146,8 @@ class Block:
     text_bytes: int
     documents: int
     num_bad: int
+    filtered: int = 0
+    place: BlockStart | None = None  # where it begins in its shard
     worker: str | None = None  # the tokenizer that encodes it or holds its tokens
     encoded: bool = False  # that tokenizer holds the tokens now
     count: int | None = None  # tokens; known from the first encoding on
@@ -172,6 +174,7 @@ class Run:
     shard: int
     epoch: int
     next_block: int = 0  # the next block to be filled
+    place: BlockStart | None = None  # where that begins
     positioned: int = 0  # the next block to get a position
     end_block: int | None = None  # blocks from this one on are left out
     attached: bool = False  # uses the file: its bytes are set aside for it
@@ -180,6 +183,7 @@ class Run:
     filling: int | None = None  # text slot of the outstanding FillBlock
     num_blocks: int | None = None  # known once the shard has ended
     ended_bad: int = 0  # bad records after the last block
+    ended_filtered: int = 0
     blocks: dict[int, Block] = field(default_factory=dict)  # filled and not yet placed
     kills: int = 0
 
@@ -188,6 +192,15 @@ class Run:
         self.end_block = block if self.end_block is None else min(block, self.end_block)
         if self.next_block >= self.end_block:
             self.num_blocks = self.next_block
+
+    def place_of(self, number: int) -> BlockStart | None:
+        """Where a block begins that has no tokens in the ring yet, or is to be filled next."""
+        return self.blocks[number].place if number in self.blocks else self.place
+
+    @property
+    def uncounted(self) -> bool:
+        """Ended with bad or filtered records that no total has yet."""
+        return bool(self.ended_bad or self.ended_filtered)
 
     @property
     def ended(self) -> bool:
@@ -215,6 +228,8 @@ class Record(NamedTuple):
     documents: int
     text_bytes: int
     bad_records: int
+    filtered: int
+    place: BlockStart | None  # where the block begins in its shard
 
 
 @dataclass(eq=False)
@@ -239,6 +254,7 @@ class Lane:
     documents: int = 0  # totals over blocks with a position, in this generation
     text_bytes: int = 0
     bad_records: int = 0
+    filtered: int = 0
 
     @property
     def base(self) -> int:

@@ -25,6 +25,7 @@ from pipeline import (
     checkpoints,
     costs,
     encoding,
+    filters,
     held_out,
     identity,
     sizes,
@@ -375,6 +376,9 @@ class _Run:
                 self.stream.text_field,
                 self.config.data.validation.share,
                 self.job.held_out,
+                filters.condition(self.config.data.filter),
+                self.config.data.filter.min_chars,
+                self.config.data.filter.max_chars,
             ),
             tokenizer=TokenizerSetup(
                 text_layout, ring_layout, tokenizer.name, tokenizer.vocab_size
@@ -457,6 +461,7 @@ class _Run:
             **done.summary,
             "shards": totals.shards,
             "bad_records": totals.bad_records,
+            "filtered": totals.filtered,
             "text_bytes": totals.text_bytes,
             "fetched_shards": state.fetched_shards,
             "evicted_shards": state.evicted_shards,

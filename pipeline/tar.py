@@ -21,12 +21,14 @@ class Member(NamedTuple):
     """One member that is no folder.
 
     data: its bytes if they are few, a stream that is valid until the next member otherwise, or
-    None where it is no file.
+    None where it is no file. offset: where its headers begin, if members can be read from there
+    on; attributes that hold for all members stand before it otherwise.
     """
 
     name: str
     size: int
     data: bytes | BinaryIO | None
+    offset: int | None
 
 
 def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member]:
@@ -48,7 +50,9 @@ def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member]:
                 if member.isreg() and not member.issparse():
                     data = cast(BinaryIO, archive.extractfile(member))
                 few = data is not None and member.size <= max_bytes
-                yield Member(member.name, member.size, data.read() if few and data else data)
+                offset = None if archive.pax_headers else member.offset
+                read = data.read() if few and data else data
+                yield Member(member.name, member.size, read, offset)
             if archive.offset > source.tell():  # seeking alone would not see that it is cut off
                 source.seek(archive.offset - 1)
                 if not source.read(1):
@@ -60,13 +64,15 @@ def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member]:
 
 def _plain_members(source: _Source, stream: BinaryIO, max_bytes: int) -> Iterator[Member]:
     """Members up to the first whose header is not of the plainest form."""
+    offset = stream.tell()
     while (plain := _plain(header := stream.read(_BLOCK), max_bytes)) is not None:
         name, size = plain
         data = stream.read(size)
         padding = -size % _BLOCK
         if len(data) < size or len(stream.read(padding)) < padding:
             raise tarfile.ReadError("unexpected end of data")
-        yield Member(name, size, data)
+        yield Member(name, size, data, offset)
+        offset += _BLOCK + size + padding
     source.give_back(header)
 
 

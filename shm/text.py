@@ -81,7 +81,10 @@ class TextSlots:
             raise ValueError(f"{count} documents of {size} bytes do not fit a slot")
         offsets[0] = 0
         np.cumsum(lengths, out=offsets[1 : count + 1])
-        room[:size] = np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), np.uint8)
+        target, end = memoryview(room), 0
+        for piece in pieces:
+            begin, end = end, end + len(piece)
+            target[begin:end] = piece
         header[:] = count, size, int(continues), 0
         return size
 

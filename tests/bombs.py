@@ -9,10 +9,12 @@ import bz2
 import gzip
 import io
 import json
+import lzma
 import resource
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +22,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from pipeline.errors import ShardError
-from tests.corpus.base import TAR_END, line, member
+from tests.corpus.base import TAR_END, line, lz4, member
 from tests.malformed import documents
 
 PIECES = 16
@@ -51,6 +53,24 @@ def _tar_member() -> bytes:
     return b"".join(zstandard.compress(part) for part in parts)
 
 
+def _long_text() -> bytes:
+    text = zstandard.compress(_PIECE) * PIECES
+    return text + zstandard.compress(b"\n<|endoftext|>\nsound")
+
+
+def _nested() -> bytes:
+    """A compressed member that becomes large, and a sound one behind it."""
+    return member("a.jsonl.zst", _long_line(zstandard.compress, PIECES)) + TAR_END
+
+
+def _row_group() -> bytes:
+    """One row group of 800 texts, 1 MiB each, in pages of zeros."""
+    out = io.BytesIO()
+    table = pa.table({"text": ["a" * (1 << 20)] * 800})
+    pq.write_table(table, out, compression="zstd", use_dictionary=False)
+    return out.getvalue()
+
+
 def _dictionary() -> bytes:
     """One text of 16 MiB that 2,000 rows share."""
     out = io.BytesIO()
@@ -66,7 +86,12 @@ BOMBS: dict[str, tuple[Callable[[], bytes], int, int]] = {
     "x.jsonl.zst": (lambda: _long_line(zstandard.compress, PIECES), 1, 1),
     "frame.jsonl.zst": (_one_frame, 1, 1),
     "x.tar.zst": (_tar_member, 1, 1),
+    "x.jsonl.xz": (lambda: _long_line(partial(lzma.compress, preset=0), PIECES), 1, 1),
+    "x.jsonl.lz4": (lambda: _long_line(lz4, PIECES), 1, 1),
+    "x.txt.zst": (_long_text, 1, 1),
+    "nested.tar": (_nested, 1, 1),
     "x.parquet": (_dictionary, 2000, 0),
+    "group.parquet": (_row_group, 800, 0),
 }
 
 

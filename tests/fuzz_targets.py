@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import lzma
 import random
 import socket
 import threading
@@ -18,18 +19,20 @@ from functools import cache
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
 import urllib3
 import yaml
 
 from pipeline import cache as cache_folder
-from pipeline import checkpoints, config, http_source
+from pipeline import checkpoints, config, filters, http_source
 from pipeline.channel import Frames, frame
 from pipeline.checkpoints import CheckpointState
 from pipeline.errors import ConfigError, ShardError, SourceError
 from pipeline.messages import ALL, BadRecord, Cursor, LaneCursor, Skip
 from pipeline.sources import ChangedError, Stat, TransientError
 from pipeline.workers import writer
-from tests.corpus.base import TAR_END, jsonl, member, zst
+from tests.corpus.base import TAR_END, jsonl, lz4, member, zst
+from tests.corpus.nested import arrow, arrow_stream
 from tests.malformed import CASES, documents
 
 _MAX_DOCUMENTS = 100_000  # a few bytes may be very many documents: that is no defect
@@ -70,6 +73,28 @@ def _shard(name: str) -> Callable[[bytes, Path], None]:
 
 def _small_tar() -> bytes:
     return b"".join(member(f"{n}.json", b'{"text": "t"}') for n in range(4)) + TAR_END
+
+
+def _small_table() -> pa.Table:
+    return pa.table({"text": ["a", "bc", None], "n": [1, 2, 3]})
+
+
+def _conditions() -> list[bytes]:
+    texts = (
+        "language == 'en' and language_score >= 0.65", "not (a in ['x', 'y'] or 0.5 < b <= 1)",
+        "url.startswith('https') and 'w' in url and meta.lang is not None",
+        "optional(column('/tags/0')) != -3 and flag",
+    )  # fmt: skip
+    return [text.encode() for text in texts]
+
+
+def _condition(data: bytes, folder: Path) -> None:
+    batch = pa.record_batch({"url": ["a"], "a": [1], "b": [0.5], "language": ["en"]})
+    with suppress(ConfigError, ShardError, UnicodeDecodeError):
+        where = filters.Where(data.decode())
+        where.statistics(batch.schema)
+        where.check(batch.schema, "x")
+        assert where.mask(batch).shape == (1,)
 
 
 def _compressed(compress: Callable[[bytes], bytes]) -> Callable[[], list[bytes]]:
@@ -239,7 +264,13 @@ TARGETS: dict[str, Target] = {
     "bz2": Target(_compressed(bz2.compress), _shard("x.jsonl.bz2")),
     "gz": Target(_compressed(gzip.compress), _shard("x.jsonl.gz")),
     "zst": Target(_compressed(zst), _shard("x.jsonl.zst")),
+    "xz": Target(_compressed(lzma.compress), _shard("x.jsonl.xz")),
+    "lz4": Target(_compressed(lz4), _shard("x.jsonl.lz4")),
     "tar": Target(_cases(".tar", _small_tar), _shard("x.tar")),
+    "txt": Target(_cases(".txt"), _shard("x.txt")),
+    "arrow": Target(_cases(".arrow", lambda: arrow(_small_table())), _shard("x.arrow")),
+    "arrow-stream": Target(lambda: [arrow_stream(_small_table())], _shard("x.arrow")),
+    "condition": Target(_conditions, _condition),
     "jsonl": Target(_cases(".jsonl", lambda: jsonl(5)), _shard("x.jsonl")),
     "parquet": Target(_cases(".parquet"), _shard("x.parquet")),
     "frames": Target(_messages, _frames),

@@ -101,6 +101,7 @@ def job(
         if key in changes
     }
     tokenizer, validation = changes.pop("tokenizer", {}), changes.pop("validation", {})
+    chosen = changes.pop("filter", {})
     stream = {
         "shards": [str(shard) for shard in shards],
         "lanes": 1,
@@ -119,6 +120,7 @@ def job(
             "preprocessing": {"max_context_size": 64},
             "tokenizer": tokenizer,
             "stream": stream,
+            "filter": chosen,
             "validation": validation,
         },
         "logging": {"max_log_mb": 0.5, **sections.pop("logging", {})},

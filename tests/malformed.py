@@ -14,6 +14,7 @@ from pipeline.blocks import Texts
 from pipeline.codecs import open_documents
 from pipeline.messages import BadRecord
 from tests.corpus.base import Case
+from tests.corpus.nested import arrows, nested
 from tests.corpus.records import parquets, records
 from tests.corpus.streams import files, streams
 from tests.corpus.tars import tars
@@ -24,11 +25,13 @@ def documents(path: Path, name: str) -> Iterator[bytes | BadRecord]:
     for found in open_documents(str(path), name, "text"):
         if isinstance(found, Texts):
             yield from found.one_by_one()
-        else:
+        elif isinstance(found, bytes | BadRecord):
             yield found
 
 
-CASES: tuple[Case, ...] = (*streams(), *files(), *tars(), *records(), *parquets())
+CASES: tuple[Case, ...] = (
+    *streams(), *files(), *tars(), *nested(), *records(), *parquets(), *arrows()
+)  # fmt: skip
 
 
 def table() -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline import cache, encoding, holdout
-from pipeline.blocks import BlockData, blocks
+from pipeline import cache, encoding, filters, holdout
+from pipeline.blocks import BlockData, Documents, Filtered, blocks
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
 from pipeline.codecs import open_documents
@@ -21,6 +21,7 @@ from pipeline.faults import faultpoint
 from pipeline.messages import (
     BlockFilled,
     DecompressorSetup,
+    Entry,
     FillBlock,
     OpenShard,
     ShardEnded,
@@ -36,15 +37,18 @@ class _Stream:
     format has checksums, and it may have been lying there since an earlier run.
     """
 
-    def __init__(self, message: OpenShard, setup: DecompressorSetup) -> None:
+    def __init__(
+        self, message: OpenShard, setup: DecompressorSetup, working: Callable[[], None]
+    ) -> None:
         self.path, self.name = message.path, message.name
-        self.next_block = 0
+        self.next_block = 0 if message.place is None else message.skip_blocks
         self._verified = False
         self._skip, self._end = message.skip_blocks, message.end_block
-        self._blocks: Generator[BlockData, None, None] = _blocks(message, setup)
+        self._blocks: Generator[BlockData, None, None] = _blocks(message, setup, working)
 
     def advance(self, working: Callable[[], None]) -> BlockData | None:
-        """The next block, passing over those that were handed over before.
+        """The next block, passing over those that were handed over before if nobody knows where
+        it begins.
 
         Args:
             working: Called now and then: what is passed over takes long.
@@ -69,20 +73,40 @@ class _Stream:
         self._blocks.close()
 
 
-def _blocks(message: OpenShard, setup: DecompressorSetup) -> Generator[BlockData, None, None]:
-    documents = open_documents(message.path, message.name, setup.text_field)
-    chosen = documents
+def _blocks(
+    message: OpenShard, setup: DecompressorSetup, working: Callable[[], None]
+) -> Generator[BlockData, None, None]:
+    place = message.place
+    documents = open_documents(
+        message.path,
+        message.name,
+        setup.text_field,
+        where=filters.Where(setup.where) if setup.where else None,
+        begin=place.entry if place is not None else None,
+    )
+    chosen = _told(documents, working)
+    if setup.min_chars is not None or setup.max_chars is not None:
+        chosen = filters.by_length(chosen, setup.min_chars, setup.max_chars)
     if setup.share > 0:
-        chosen = holdout.select(documents, setup.share, held_out=setup.held_out)
+        chosen = holdout.select(chosen, setup.share, held_out=setup.held_out)
     try:
         yield from blocks(
             chosen,
             block_bytes=setup.text.text_bytes,
             max_documents=setup.text.documents,
             cut=encoding.safe_cut(setup.encoding),
+            begin=place,
         )
     finally:
         documents.close()  # type: ignore[attr-defined]
+
+
+def _told(documents: Documents, working: Callable[[], None]) -> Documents:
+    """The documents; where few are wanted, a block of them takes long."""
+    for document in documents:
+        if isinstance(document, Entry | Filtered):
+            working()
+        yield document
 
 
 class Decompressor:
@@ -108,7 +132,8 @@ class Decompressor:
             message = self._channel.receive()
             match message:
                 case OpenShard():
-                    self._streams[message.stream] = _Stream(message, self._setup)
+                    stream = _Stream(message, self._setup, self._channel.working)
+                    self._streams[message.stream] = stream
                 case FillBlock():
                     self._fill(message)
                 case _:
@@ -141,6 +166,7 @@ class Decompressor:
                     num_blocks=stream.next_block,
                     num_bad=left.num_bad,
                     bad=tuple(left.bad),
+                    filtered=left.filtered,
                 )
             )
             return
@@ -157,6 +183,8 @@ class Decompressor:
                 text_bytes=text_bytes,
                 num_bad=block.num_bad,
                 bad=tuple(block.bad),
+                filtered=block.filtered,
+                next=block.next,
             )
         )
         stream.next_block += 1

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from functools import cache
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 import zstandard
 
 from tests.harness import english
@@ -109,6 +111,18 @@ def column(values: Sequence[object] | pa.Array, kind: pa.DataType | None = None)
     return out.getvalue()
 
 
+def lz4(data: bytes) -> bytes:
+    """A frame as the lz4 command writes it: independent blocks, a checksum of the content."""
+    header = b"\x64\x70"  # independent blocks of 4 MiB at most, content checksum
+    blocks = b""
+    for at in range(0, len(data), 4 << 20):
+        block = pa.compress(data[at : at + (4 << 20)], codec="lz4_raw", asbytes=True)
+        blocks += len(block).to_bytes(4, "little") + block
+    check = xxhash.xxh32_intdigest(header) >> 8 & 0xFF
+    end = bytes(4) + xxhash.xxh32_intdigest(data).to_bytes(4, "little")
+    return b"\x04\x22\x4d\x18" + header + bytes([check]) + blocks + end
+
+
 def zst(data: bytes) -> bytes:
     return zstandard.ZstdCompressor(write_checksum=True).compress(data)
 
@@ -117,6 +131,8 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "bz2": bz2.compress,
     "gz": gzip.compress,
     "zst": zst,
+    "xz": lzma.compress,
+    "lz4": lz4,
 }
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from pipeline.errors import (
     BadRecordsError,
     BudgetError,
@@ -168,16 +170,16 @@ def lane_ended(gen: Generation, message: LaneEnded) -> None:
 
 def cursor(gen: Generation, positions: tuple[int, ...], made: Cursor) -> None:
     """It names exactly these tokens, and counts exactly what comes before their blocks."""
-    totals = [0, 0, 0, 0]
+    totals = [0] * 5
     for lane, position in enumerate(positions):
         at = made.lanes[lane]
         mark = gen.sim.streams[lane].mark(at.sequence, at.block)
         if mark is None or mark[0] + at.token != position or at.position != position:
             raise Violation(f"lane {lane}: {at} is made for position {position}, and is at {mark}")
-        for part in range(4):
+        for part in range(5):
             totals[part] += mark[part + 1]
     counts = made.counts
-    counted = [counts.shards, counts.documents, counts.text_bytes, counts.bad_records]
+    counted = [*msgspec.structs.astuple(counts)]
     if counted != totals:
         raise Violation(f"the cursor counts {counted}, the stream has {totals}")
     skips = {(s.lane, s.sequence, s.block, s.rest) for s in made.skips}
@@ -188,16 +190,16 @@ def cursor(gen: Generation, positions: tuple[int, ...], made: Cursor) -> None:
 def complete(gen: Generation) -> None:
     """The consumer has had everything, and the totals say what."""
     consumer = gen.children[CONSUMER]
-    want = [0, 0, 0, 0]
+    want = [0] * 5
     for lane, position in enumerate(consumer.positions):  # type: ignore[attr-defined]
         mark = gen.sim.streams[lane].end()
         left = mark[0] - position
         if left if gen.sim.world.writer else left > gen.sim.world.seq_len:
             raise Violation(f"lane {lane}: complete, and {left} tokens were not read")
-        for part in range(4):
+        for part in range(5):
             want[part] += mark[part + 1]
     totals = gen.scheduler.totals()
-    have = [totals.shards, totals.documents, totals.text_bytes, totals.bad_records]
+    have = [*msgspec.structs.astuple(totals)]
     if have != want:
         raise Violation(f"at the end the totals are {have}, in truth {want}")
 

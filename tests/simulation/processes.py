@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from pipeline.messages import (
     BadRecord,
     BlockFilled,
+    BlockStart,
     Encode,
     Encoded,
+    Entry,
     Fetch,
     FetchFailed,
     FetchProgress,
@@ -31,7 +33,7 @@ from pipeline.messages import (
     ShardUnreadable,
 )
 from tests.simulation.matter import Violation
-from tests.simulation.reference import text_bytes_of, tokens_of
+from tests.simulation.reference import FILTERED_PER_BAD, text_bytes_of, tokens_of
 
 if TYPE_CHECKING:
     from tests.simulation.simulation import Simulation
@@ -204,12 +206,19 @@ class Fetcher(Process):
         self.fetch = None
 
 
+def _begins(block: int) -> BlockStart:
+    """Where a block begins, in these worlds."""
+    return BlockStart(Entry(block), 0)
+
+
 class _Stream:
     """An open shard of a decompressor."""
 
     def __init__(self, message: OpenShard, shard: int) -> None:
         self.shard, self.next, self.skip = shard, 0, message.skip_blocks
         self.end = message.end_block
+        if message.place != (_begins(self.skip) if self.skip else None):
+            raise Violation(f"block {self.skip} does not begin at {message.place}")
         self.handle: tuple[int, int] | None = None
 
 
@@ -266,7 +275,8 @@ class Decompressor(Process):
         elif number in (len(shard.blocks), stream.end):
             self._close(self.streams.pop(message.stream))
             num_bad = 0 if number == stream.end else shard.end_bad
-            self.send(ShardEnded(message.stream, message.slot, number, num_bad, (_BAD,) * num_bad))
+            self.send(ShardEnded(message.stream, message.slot, number, num_bad, (_BAD,) * num_bad,
+                                 FILTERED_PER_BAD * num_bad))  # fmt: skip
         else:
             self._write(message, stream, number)
 
@@ -300,6 +310,8 @@ class Decompressor(Process):
                 text_bytes=text_bytes_of(stream.shard, number),
                 num_bad=block.bad,
                 bad=(_BAD,) * block.bad,
+                filtered=FILTERED_PER_BAD * block.bad,
+                next=_begins(number + 1),
             )
         )
 

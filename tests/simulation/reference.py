@@ -12,7 +12,9 @@ import xxhash
 
 from tests.simulation.worlds import SimShard, World
 
-Mark = tuple[int, int, int, int, int]  # position, shards, documents, text_bytes, bad_records
+# position, shards, documents, text_bytes, bad_records, filtered
+Mark = tuple[int, int, int, int, int, int]
+FILTERED_PER_BAD = 2  # in these worlds
 
 
 @functools.cache
@@ -63,7 +65,7 @@ class LaneStream:
         self._turns: list[int] = []
         self._epoch = 0
         self._totals = (0, 0, 0)  # documents, text bytes, bad records
-        self.marks: dict[tuple[int, int], Mark] = {(0, 0): (0, 0, 0, 0, 0)}
+        self.marks: dict[tuple[int, int], Mark] = {(0, 0): (0, 0, 0, 0, 0, 0)}
         self._mark()
 
     def _turn(self, sequence: int) -> int | None:
@@ -83,7 +85,11 @@ class LaneStream:
     def _mark(self) -> None:
         sequence, block = self.at
         self.ended = block == 0 and self._turn(sequence) is None
-        self.marks[sequence, block] = (len(self.tokens), sequence, *self._totals)
+        documents, text_bytes, bad = self._totals
+        filtered = FILTERED_PER_BAD * bad
+        self.marks[sequence, block] = (
+            len(self.tokens), sequence, documents, text_bytes, bad, filtered
+        )  # fmt: skip
 
     def advance(self) -> None:
         """One block further, or to the lane's next shard."""
