@@ -1,28 +1,37 @@
-"""Patterns into shards: addresses, sizes and versions, in a fixed order.
+"""Shards in a fixed order, with sizes, versions and digests: from patterns, and from manifests.
 
 Runs in: supervisor.
+
+What has been found out once is kept beside the run, so that the next start asks for nothing; a
+shard that has changed since is found out when it is fetched.
 """
 
 from __future__ import annotations
 
-import glob
 import threading
-import urllib.parse
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
-from webdataset.shardlists import expand_urls
 
-from pipeline.errors import ConfigError
-from pipeline.redaction import hide, redact
-from pipeline.sources import Patience, Stat, TransientError, local_path, open_source
+from pipeline import listing, manifest
+from pipeline.errors import ConfigError, SourceError
+from pipeline.listing import Found
+from pipeline.manifest import Entry, Manifest
+from pipeline.redaction import redact
+from pipeline.sources import Stat, TransientError, local_path, open_source, scheme_of
 
-__all__ = ["Shard", "build", "expand", "local_path"]
+__all__ = ["Shard", "build", "local_path", "names", "to_entries"]
+
+FILE_NAME = "shards.jsonl"  # the catalog that a run keeps: a manifest
+Progress = Callable[[int, int], None]  # (done, total)
+_LISTED = ("hf", "s3", "gs", "az")  # their addresses hold no secrets
+_CONCURRENCY = 16
+_AHEAD = 256  # requests that wait for a thread: memory is bounded however many shards there are
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -33,116 +42,228 @@ class Shard(msgspec.Struct, frozen=True):
     name: str  # the same without them
     size_bytes: int | None  # None: the server does not say
     version: str  # ETag or modification time
+    sha256: str | None = None  # what its bytes must have, if that is known
+    pattern: str = ""  # what it was found by, without secrets
 
     @property
     def key(self) -> str:
         """16 hexadecimal digits that name this version of this file in the cache."""
         said = f"{self.name}\n{self.version}\n{self.size_bytes}"
+        if self.sha256 is not None:  # a file that was fetched without it has yet to be checked
+            said += f"\n{self.sha256}"
         return xxhash.xxh3_64_hexdigest(said.encode())
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
-    """URLs of all patterns in the order given; local paths become file URLs.
+class Known(NamedTuple):
+    """What need not be asked for.
 
-    Args:
-        patterns: URLs or paths with {000..123} or {a,b} braces; local globs; local folders.
-
-    Raises:
-        ConfigError: a pattern matches nothing, or a shard is named twice.
+    given: the user's manifest; every shard must stand in it. kept: an earlier start's catalog.
     """
-    if not patterns:
-        raise ConfigError("no shards are given", "name them with --shards or data.stream.shards")
-    hide(patterns)
-    urls: list[str] = []
-    for pattern in patterns:
-        for one in expand_urls(pattern):
-            urls += [one] if _is_url(one) else _local(one, pattern)
-    hide(urls)
-    seen: set[str] = set()
-    for url in urls:
-        if url in seen:
-            raise ConfigError(f"{redact(url)} is named twice", "name every shard once")
-        seen.add(url)
-    return urls
+
+    given: Manifest | None = None
+    kept: Manifest | None = None
 
 
-def _is_url(text: str) -> bool:
-    """Whether it has a scheme. Raises: ConfigError."""
-    try:
-        parts = urllib.parse.urlsplit(text)
-        return bool(parts.scheme) and parts.port != 0
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is no address: {error}", "check the pattern") from None
-
-
-def _local(path: str, pattern: str) -> list[str]:
-    """File URLs of one local path, glob or folder."""
-    found = Path(path)
-    if found.is_dir():
-        paths = sorted(p for p in found.iterdir() if p.is_file() and not p.name.startswith("."))
-    elif found.exists():
-        paths = [found]
-    else:
-        paths = sorted(Path(one) for one in glob.glob(path))  # noqa: PTH207 - the path may be absolute
-    if not paths:
-        raise ConfigError(
-            f"--shards {pattern}: nothing is at {found.absolute()}",
-            "check the path; quote patterns, so that the shell leaves them alone",
-        )
-    return [p.absolute().as_uri() for p in paths]
+NOTHING = Known()
 
 
 def build(
     patterns: Sequence[str],
     options: dict[str, Any],
-    concurrency: int = 16,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    known: Known = NOTHING,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[Shard, ...]:
     """The catalog: every shard with its size and version.
 
     Args:
-        patterns: See expand.
+        patterns: See pipeline/listing.py; without any, the shards of the given manifest.
         options: For pipeline.sources, and max_retries.
-        concurrency: Shards that are asked for at the same time.
-        progress: Called with (done, total) now and then.
+        known: Manifests.
+        progress: Called with (done, total) after every shard that had to be asked for.
 
     Raises:
-        ConfigError: see expand.
-        SourceError: a shard cannot be had; says which and why.
+        ConfigError: a pattern or manifest that cannot be.
+        SourceError: a shard cannot be had, or is not what the manifest says; says which and why.
     """
-    urls = expand(patterns)
-    stopped = threading.Event()
-    with ThreadPoolExecutor(concurrency) as pool:
-        try:
-            shards = []
-            stats = pool.map(lambda url: _stat(url, options, stopped), urls)
-            for index, (url, name, stat) in enumerate(zip(urls, _names(urls), stats, strict=True)):
-                shards.append(Shard(index, url, name, stat.size_bytes, stat.version))
-                progress(index + 1, len(urls))
-        except BaseException:  # one shard's patience is enough: the others need not lose theirs
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return tuple(shards)
+    if not patterns and known.given is not None:
+        patterns = _of_manifest(known.given)
+    found = _found(listing.read_lists(patterns), options, known.kept)
+    named = list(zip(found, _names(found), strict=True))
+    stats = _stats([_without_asking(one, name, known) for one, name in named], options, progress)
+    return tuple(
+        _shard(index, one, name, stat, known.given)
+        for index, ((one, name), stat) in enumerate(zip(named, stats, strict=True))
+    )
 
 
-def _names(urls: Sequence[str]) -> Iterator[str]:
-    """What may be shown of each URL; those that differ in their secrets alone are numbered, or
+def names(patterns: Sequence[str], options: dict[str, Any]) -> list[str]:
+    """What the shards of the patterns are called. Raises: see build."""
+    return list(_names(listing.find(listing.read_lists(patterns), options)))
+
+
+def to_entries(shards: Iterable[Shard], *, with_local: bool = False) -> list[Entry]:
+    """What a manifest says of shards, and nothing secret; those of this disk are left out, since
+    they are looked at anyway."""
+    return [
+        Entry(
+            name=shard.name,
+            size_bytes=shard.size_bytes,
+            version=shard.version,
+            sha256=shard.sha256,
+            url=shard.url if shard.url != shard.name and scheme_of(shard.url) in _LISTED else "",
+            pattern=shard.pattern,
+        )
+        for shard in shards
+        if with_local or scheme_of(shard.url) != "file"
+    ]
+
+
+# ── what patterns find ──────────────────────────────────────────────────────────────────────
+
+
+def _of_manifest(given: Manifest) -> list[str]:
+    """The addresses of a manifest's shards: whole ones, or relative to its file."""
+    folder = Path(given.source).absolute().parent
+    return [
+        entry.url or (entry.name if scheme_of(entry.name) else str(folder / entry.name))
+        for entry in given.entries.values()
+    ]
+
+
+def _found(patterns: Sequence[str], options: dict[str, Any], kept: Manifest | None) -> list[Found]:
+    """The files of all patterns; listings that an earlier start has kept are not made again."""
+    kept_by_pattern: dict[str, list[Found]] = defaultdict(list)
+    for entry in kept.entries.values() if kept else ():
+        stat = Stat(entry.size_bytes, entry.version)
+        found = Found(entry.url or entry.name, entry.pattern, stat, entry.sha256)
+        kept_by_pattern[entry.pattern].append(found)
+    new = [
+        pattern
+        for pattern in patterns
+        if scheme_of(pattern) not in _LISTED or listing.shown(pattern) not in kept_by_pattern
+    ]
+    files = dict(zip(new, listing.find_each(new, options), strict=True))
+    return listing.each_once(
+        file
+        for pattern in patterns
+        for file in files.get(pattern) or kept_by_pattern[listing.shown(pattern)]
+    )
+
+
+def _names(found: Sequence[Found]) -> Iterator[str]:
+    """What may be shown of each file; those that differ in their secrets alone are numbered, or
     they would share a file in the cache."""
     seen: Counter[str] = Counter()
-    for url in urls:
-        name = redact(url)
+    for one in found:
+        name = _name(one.url)
         seen[name] += 1
         yield name if seen[name] == 1 else f"{name} ({seen[name]})"
 
 
+def _name(url: str) -> str:
+    """A shard of the hub is the same in every revision that has the same bytes."""
+    if scheme_of(url) == "hf":
+        from pipeline.hub_source import place
+
+        return place(url).name
+    return redact(url)
+
+
+# ── sizes and versions ──────────────────────────────────────────────────────────────────────
+
+
+def _without_asking(found: Found, name: str, known: Known) -> Found:
+    """With what is known of its size and version; a file of this disk is always looked at."""
+    if found.stat is not None or scheme_of(found.url) == "file":
+        return found
+    entries = [one and one.find(name) for one in (known.kept, known.given)]
+    entry = next((one for one in entries if one and one.size_bytes and one.version), None)
+    return found if entry is None else found._replace(stat=Stat(entry.size_bytes, entry.version))
+
+
+def _stats(found: Sequence[Found], options: dict[str, Any], progress: Progress) -> Iterator[Stat]:
+    """Size and version of each, in order, asked for where they are not known."""
+    stopped = threading.Event()
+    with ThreadPoolExecutor(_CONCURRENCY) as pool:
+        pending: deque[Future[Stat] | Stat] = deque()
+        try:
+            for index, one in enumerate(found):
+                pending.append(one.stat or pool.submit(_stat, one.url, options, stopped))
+                if len(pending) > _AHEAD:
+                    yield _result(pending.popleft())
+                    progress(index + 1 - len(pending), len(found))
+            while pending:
+                yield _result(pending.popleft())
+                progress(len(found) - len(pending), len(found))
+        except BaseException:  # one shard's patience is enough: the others need not lose theirs
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _result(pending: Future[Stat] | Stat) -> Stat:
+    return pending if isinstance(pending, Stat) else pending.result()
+
+
 def _stat(url: str, options: dict[str, Any], stopped: threading.Event) -> Stat:
     """Ask for one shard, with bounded patience."""
-    patience = Patience(int(options["max_retries"]))
-    while True:
-        try:
-            return open_source(url, options).stat()
-        except TransientError as error:
-            stopped.wait(patience.pause_s(error))
-            if stopped.is_set():
-                raise
+
+    def wait(pause_s: float) -> None:
+        if stopped.wait(pause_s):
+            raise TransientError(f"{redact(url)}: another shard was given up")
+
+    return listing.patiently(lambda: open_source(url, options).stat(), options, wait)
+
+
+def _shard(index: int, found: Found, name: str, stat: Stat, given: Manifest | None) -> Shard:
+    """One shard, if it is what the user's manifest says."""
+    sha256 = found.sha256
+    if given is not None:
+        entry = given.find(name)
+        if entry is None:
+            raise ConfigError(
+                f"{name} does not stand in the manifest {given.source}",
+                "name the shards of the manifest alone, or make it anew",
+            )
+        if None not in (entry.size_bytes, stat.size_bytes) and entry.size_bytes != stat.size_bytes:
+            raise SourceError(
+                f"{name} has {stat.size_bytes} bytes, and {entry.size_bytes} in the manifest "
+                f"{given.source}",
+                "one of the two is wrong: make the shard or the manifest again",
+            )
+        if entry.version and stat.version and entry.version != stat.version:
+            raise SourceError(
+                f"{name} is another version than in the manifest {given.source}",
+                "make the manifest again, or leave versions out of it",
+            )
+        sha256 = entry.sha256 or sha256
+    return Shard(index, found.url, name, stat.size_bytes, stat.version, sha256, found.pattern)
+
+
+def size_bytes(folder: Path, shards: Sequence[Shard]) -> tuple[int, int]:
+    """Bytes of what keep leaves, and the most that stands on the disk while it is written."""
+    path, new = folder / FILE_NAME, len(manifest.encode(to_entries(shards)))
+    old = path.stat().st_size if path.exists() else 0
+    return new, new + old
+
+
+def keep(folder: Path, shards: Sequence[Shard]) -> None:
+    """Keep the catalog of remote shards in a run's folder for its next start."""
+    path, entries = folder / FILE_NAME, to_entries(shards)
+    if path.exists() and path.read_bytes() == manifest.encode(entries):
+        return
+    if entries:
+        manifest.write(path, entries)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_kept(folder: Path) -> Manifest | None:
+    """The catalog that an earlier start has kept in a run's folder; None if it is not whole."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
+    try:
+        return manifest.read(path)
+    except ConfigError:
+        return None

@@ -16,7 +16,7 @@ from typing import Any
 import click
 import msgspec
 
-from pipeline import checkpoints, cli_runs, config, supervisor
+from pipeline import checkpoints, cli_runs, cli_shards, config, supervisor
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ExitCode, FinewebError
 from pipeline.redaction import scrub
@@ -45,6 +45,7 @@ class _Workers(click.ParamType):
 # Option → key of the configuration. An option that is not given changes nothing.
 _KEYS = {
     "shards": "data.stream.shards",
+    "manifest": "data.stream.manifest",
     "max_disk": "data.stream.max_disk_gb",
     "workers": "data.stream.workers",
     "fetchers": "data.stream.fetchers",
@@ -78,8 +79,12 @@ def _stream_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of every command that streams shards."""
     options = [
         click.option("--shards", multiple=True, metavar="PATTERN",
-                     help="Shards: URLs (http, https, s3) or paths, with {000..123} braces, "
-                     "quoted. May be given several times."),
+                     help="Shards: URLs (http, https, hf, s3, gs, az) or paths, with {000..123} "
+                     "braces, globs or a folder, quoted; or @FILE, a pattern a line. May be given "
+                     "several times."),
+        click.option("--manifest", type=click.Path(dir_okay=False), metavar="FILE",
+                     help="Sizes and SHA-256 of the shards, which are then enforced; alone, it "
+                     "names the shards as well."),
         click.option("--max-disk", type=float, metavar="GB",
                      help="Hard budget in GB (10⁹ bytes) for cached shards, partial files, "
                      "checkpoints and logs.  [default: 35]"),
@@ -146,6 +151,7 @@ def cli() -> None:
     fineweb-pipeline generate RUN "Once upon a time"
     fineweb-pipeline export RUN --out DIR
     fineweb-pipeline report RUN
+    fineweb-pipeline shards list PATTERN
     """
 
 
@@ -181,11 +187,11 @@ def start(
       fineweb-pipeline start --shards '/data/*.parquet' --steps 100 --workers 4
     """
     overrides = _overrides(options)
-    given = "data.stream.shards" in overrides
+    given = bool({"data.stream.shards", "data.stream.manifest"} & overrides.keys())
     if config_path is None and given:
         overrides = {"name": "run", **overrides}
     loaded = config.load(config_path or (None if given else "demo"), overrides)
-    if not loaded.data.stream.shards and config_path is None:
+    if not given and not loaded.data.stream.shards and config_path is None:
         from pipeline import demo_run
 
         demo_run.run(loaded, fresh=fresh, plain=plain, as_json=as_json)
@@ -265,6 +271,7 @@ def tokenize(
 cli.add_command(cli_runs.generate)
 cli.add_command(cli_runs.export)
 cli.add_command(cli_runs.report)
+cli.add_command(cli_shards.shards)
 
 
 @cli.command(epilog="Exit codes: 0 every promise held · 6 one was broken")
@@ -319,7 +326,7 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _job(kind: Any, loaded: Config, run_dir: Path, fresh: bool) -> Job:
-    if not loaded.data.stream.shards:
+    if not (loaded.data.stream.shards or loaded.data.stream.manifest):
         raise ConfigError("no shards are given", "name them with --shards or data.stream.shards")
     cache_dir = loaded.data.stream.cache_dir or str(run_dir / "cache")
     return Job(kind, loaded, str(run_dir), cache_dir, fresh=fresh)

@@ -39,7 +39,8 @@ class Tokenizer(Section):
 class Stream(Section):
     """Where the shards are and how they are streamed."""
 
-    shards: list[str] = []  # patterns: URLs or paths with {000..123} braces
+    shards: list[str] = []  # patterns: pipeline/listing.py says which there are
+    manifest: str | None = None  # file with sizes and SHA-256 of the shards, which are enforced
     text_field: str = "text"  # JSON field or column of a table; /a/b/0 is what is nested
     lanes: int = 8  # ordered token streams a batch is mixed from; at most the number of shards
     shuffle: bool = True  # permute the shards per epoch by system.seed

@@ -314,6 +314,7 @@ class Fetching:
                 size_bytes=shard.size_bytes,
                 version=shard.version,
                 limit_bytes=file.reserved_bytes,
+                sha256=shard.sha256,
             ),
         )
 

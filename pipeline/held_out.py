@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import xxhash
@@ -22,7 +22,6 @@ import xxhash
 from pipeline import catalog, checkpoints
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.redaction import redact
 from pipeline.workers import writer
 
 if TYPE_CHECKING:
@@ -67,6 +66,7 @@ def job_for(job: Job) -> Job:
             stream=msgspec.structs.replace(
                 stream,
                 shards=validation.shards or stream.shards,
+                manifest=None if validation.shards else stream.manifest,
                 lanes=1,
                 shuffle=False,
                 epochs=1,
@@ -121,18 +121,19 @@ def tokens_file(inner: Job) -> Path:
     return path
 
 
-def check_apart(config: Config, names: Sequence[str]) -> None:
+def check_apart(config: Config, names: Sequence[str], options: dict[str, Any]) -> None:
     """Refuse a validation shard that is trained on, too.
 
     Args:
         config: The run's.
         names: Of the training shards.
+        options: See catalog.build.
 
     Raises:
         ConfigError: names the shard.
     """
     patterns = config.data.validation.shards
-    both = set(names) & {redact(url) for url in catalog.expand(patterns)} if patterns else ()
+    both = set(names) & set(catalog.names(patterns, options)) if patterns else ()
     if both:
         raise ConfigError(
             f"data.validation.shards: {min(both)} is one of the training shards",

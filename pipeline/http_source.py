@@ -12,15 +12,15 @@ import email.utils
 import http.client
 import io
 import logging
-import os
 import re
 import socket
 import ssl
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import urllib3
@@ -28,14 +28,14 @@ from urllib3 import exceptions
 
 from pipeline.errors import SourceError
 from pipeline.redaction import redact
-from pipeline.sources import ChangedError, Chunks, Stat, TransientError
+from pipeline.sources import ChangedError, Chunks, Stat, TransientError, certificates
 
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # its warnings hold whole URLs
 
 _PIECE_BYTES = 1 << 18
 _MAX_REDIRECTS = 10
 _MAX_SECONDS = 10**9  # no Retry-After is longer; keeps its arithmetic in bounds
-_RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
+RETRY_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _OK, _PARTIAL = 200, 206
 _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _NO_HEAD = 401, 403, 404, 405
 _PRECONDITION, _RANGE, _NOT_IMPLEMENTED = 412, 416, 501
@@ -80,24 +80,38 @@ class _SecurePool(urllib3.HTTPSConnectionPool):
 
 
 @cache
-def _pool(timeout_s: float, proxy: str | None) -> urllib3.PoolManager:
+def _pool(timeout_s: float, proxy: str | None, trusted: Path | None) -> urllib3.PoolManager:
     """One pool per process and proxy. Retries and redirects are ours."""
     settings: dict[str, Any] = {
         "timeout": urllib3.Timeout(connect=timeout_s, read=timeout_s),
         "retries": False,
-        "ca_certs": os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE"),
+        "ca_certs": trusted and str(trusted),
         "maxsize": 16,
     }
+    if proxy:
+        user = urllib3.util.parse_url(proxy).auth
+        settings["proxy_headers"] = (
+            urllib3.make_headers(proxy_basic_auth=urllib.parse.unquote(user)) if user else None
+        )
     pool = urllib3.ProxyManager(proxy, **settings) if proxy else urllib3.PoolManager(**settings)
     pool.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
     return pool
 
 
-def _proxy(host: str) -> str | None:
-    """The environment's proxy for a host, if it has one."""
-    environment = {key.lower(): value for key, value in os.environ.items()}
-    proxy = environment.get("https_proxy") or environment.get("http_proxy")
-    return None if proxy is None or urllib.request.proxy_bypass_environment(host) else proxy
+def _proxy(url: str) -> str | None:
+    """The environment's proxy for a URL, if it has one: by its scheme, or for all."""
+    parts, proxies = urllib.parse.urlsplit(url), urllib.request.getproxies_environment()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy is None or urllib.request.proxy_bypass_environment(parts.netloc, proxies):
+        return None
+    if not proxy.startswith(("http://", "https://")):
+        kind, sign, _ = proxy.partition("://")
+        if sign:
+            raise SourceError(
+                f"the environment's proxy is of the kind {kind}", "give one that speaks http"
+            )
+        return f"http://{proxy}"
+    return proxy
 
 
 class HttpSource:
@@ -125,7 +139,7 @@ class HttpSource:
             response.close()  # no HEAD here, or a URL signed for GET
             response = self._request("GET", {})
         self._refuse(response)
-        stat = Stat(_length(response), _version(response))
+        stat = Stat(_length(response), self._version(response))
         if response.length_remaining == 0:
             response.drain_conn()  # nothing is left: the connection can serve the next request
         else:
@@ -167,6 +181,7 @@ class HttpSource:
             target = response.get_redirect_location()
             if not target:
                 return response
+            self._passed(response)
             response.close()
             before, url = url, self._join(url, target)
             if _origin(before) != _origin(url):
@@ -189,9 +204,8 @@ class HttpSource:
 
     def _open(self, method: str, url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
         headers = {"Accept-Encoding": "identity", "User-Agent": "fineweb-pipeline", **headers}
-        host = urllib.parse.urlsplit(url).hostname or ""
         try:
-            return _pool(self._timeout_s, _proxy(host)).request(
+            return _pool(self._timeout_s, _proxy(url), certificates()).request(
                 method, url, headers=headers, preload_content=False, redirect=False
             )
         except exceptions.LocationValueError:
@@ -224,6 +238,9 @@ class HttpSource:
                 said = type(error).__name__
         return TransientError(f"{self._name}: {said}")
 
+    def _passed(self, response: urllib3.BaseHTTPResponse) -> None:
+        """A redirect is about to be followed."""
+
     # ── answers ─────────────────────────────────────────────────────────────────────────────
 
     def _refuse(self, response: urllib3.BaseHTTPResponse) -> None:
@@ -237,15 +254,19 @@ class HttpSource:
             raise TransientError(f"{self._name}: the length that its server says is none")
         if status == _PRECONDITION:
             raise ChangedError(f"{self._name} is another version now")
-        if status in _RETRY_STATUS:
-            raise TransientError(f"{self._name}: HTTP {status}", retry_after_s(response))
+        if status in RETRY_STATUS:
+            raise TransientError(f"{self._name}: HTTP {status}", retry_after_s(response.headers))
         raise SourceError(
             f"{self._name}: HTTP {status}", _REMEDIES.get(status, "check the address")
         )
 
+    def _version(self, response: urllib3.BaseHTTPResponse) -> str:
+        """What the server says that tells this version of the file from others."""
+        return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+
     def _check(self, response: urllib3.BaseHTTPResponse, expected: Stat) -> None:
         """Compare an answer with the catalog. Raises: ChangedError."""
-        if expected.version and _version(response) != expected.version:
+        if expected.version and self._version(response) != expected.version:
             raise ChangedError(f"{self._name} is another version now")
         total = _total(response) if response.status == _PARTIAL else _length(response)
         if None not in (total, expected.size_bytes) and total != expected.size_bytes:
@@ -284,6 +305,7 @@ def _untrusted(error: BaseException) -> bool:
 
 _RANGE_FORM = re.compile(r"bytes\s+(?:(\d{1,18})-\d{1,18}|\*)/(?:(\d{1,18})|\*)", re.ASCII)
 _NUMBER = re.compile(r"\d{1,18}", re.ASCII)
+_RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,18})", re.ASCII)
 
 
 def _length(response: urllib3.BaseHTTPResponse) -> int | None:
@@ -306,13 +328,13 @@ def _total(response: urllib3.BaseHTTPResponse) -> int | None:
     return int(form[2]) if form and form[2] else None
 
 
-def _version(response: urllib3.BaseHTTPResponse) -> str:
-    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-
-
-def retry_after_s(response: urllib3.BaseHTTPResponse) -> float | None:
-    """Seconds that the server asks to wait for: it gives them, or a date."""
-    value = response.headers.get("Retry-After", "")
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait for: it gives them, or a date, or says when it will
+    have room again (draft-ietf-httpapi-ratelimit-headers, as the hub does)."""
+    value = headers.get("Retry-After", "")
+    limit = _RATE_LIMIT.search(headers.get("RateLimit", ""))
+    if limit and not value:
+        return float(min(int(limit[1]), _MAX_SECONDS))
     if _NUMBER.fullmatch(value):
         return float(min(int(value), _MAX_SECONDS))
     try:

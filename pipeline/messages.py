@@ -153,6 +153,7 @@ class Fetch(Message):
     size_bytes: int | None
     version: str
     limit_bytes: int
+    sha256: str | None = None  # what the bytes must have
 
 
 class Grant(Message):

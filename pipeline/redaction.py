@@ -40,6 +40,13 @@ def hide(urls: Iterable[str] = ()) -> None:
     _hidden = tuple(sorted(long_enough, key=len, reverse=True))
 
 
+def hide_value(value: str) -> None:
+    """Remember one secret that stands in no URL and no variable."""
+    global _hidden  # noqa: PLW0603 - see hide
+    if value not in _hidden:
+        _hidden = tuple(sorted((value, *_hidden), key=len, reverse=True))
+
+
 def _secrets(url: str) -> list[str]:
     """What must not be shown of a URL. A value of its query that its path shows as well is none."""
     try:

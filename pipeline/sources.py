@@ -1,6 +1,6 @@
-"""Where shards come from: http(s), s3 and this disk, behind one small interface.
+"""Where shards come from, behind one small interface: the web, the hub, stores and this disk.
 
-Runs in: supervisor (stat) and fetchers (read).
+Runs in: supervisor (stat, list) and fetchers (read).
 
 Errors are of three kinds: TransientError (try again, later if the server says so), ChangedError
 (the remote file is another one now) and SourceError (trying again does not help). None of them,
@@ -9,6 +9,7 @@ nor any log line, holds the secret parts of a URL.
 
 from __future__ import annotations
 
+import os
 import random
 import urllib.parse
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from pipeline.redaction import redact
 CHUNK_BYTES = 1 << 20
 _FIRST_WAIT_S = 0.2
 _MAX_WAIT_S = 60.0
+_MAX_ASKED_S = (
+    300.0  # the hub counts requests over five minutes, and says how many are left of them
+)
 
 
 class TransientError(Exception):
@@ -44,7 +48,20 @@ class TransientError(Exception):
 
 
 class ChangedError(Exception):
-    """The remote file is not the version that was asked for."""
+    """The remote file is not the version that was asked for.
+
+    Args:
+        what: How that is known, with nothing secret.
+        remedy: What to do if it stays so.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        remedy: str = "start over with --fresh, when nobody writes to it any more",
+    ) -> None:
+        super().__init__(what)
+        self.remedy = remedy
 
 
 class Patience:
@@ -63,8 +80,8 @@ class Patience:
         self.failures, self._wait_s = 0, _FIRST_WAIT_S
 
     def pause_s(self, error: TransientError) -> float:
-        """Seconds to wait after this failure: what the server asks for or twice as long as
-        before, at most a minute.
+        """Seconds to wait after this failure: what the server asks for, at most five minutes, or
+        twice as long as before, at most one.
 
         Raises:
             SourceError: it has failed too often.
@@ -73,10 +90,10 @@ class Patience:
         if self.failures > self._max_retries:
             what = f"{error} ({self.failures} attempts without progress)"
             raise SourceError(what, error.remedy) from None
-        pause = error.retry_after_s
-        if pause is None:
-            pause = self._wait_s * random.uniform(0.5, 1)
-            self._wait_s *= 2
+        if error.retry_after_s is not None:
+            return min(error.retry_after_s, _MAX_ASKED_S)
+        pause = self._wait_s * random.uniform(0.5, 1)
+        self._wait_s *= 2
         return min(pause, _MAX_WAIT_S)
 
 
@@ -85,6 +102,14 @@ class Stat(NamedTuple):
 
     size_bytes: int | None
     version: str  # ETag, or modification time; '' if there is neither
+
+
+class Listed(NamedTuple):
+    """A file that a listing names, with what it says of it."""
+
+    url: str
+    stat: Stat
+    sha256: str | None = None
 
 
 class Chunks(NamedTuple):
@@ -109,32 +134,56 @@ class Source(Protocol):
 
 
 def open_source(url: str, options: dict[str, Any]) -> Source:
-    """The source of a URL.
+    """The source of a URL. What it takes is imported only when it is used.
 
     Args:
-        url: http, https, s3 or file.
+        url: http, https, hf, s3, gs, az or file.
         options: timeout_s, seconds of silence after which a connection is given up.
 
     Raises:
         SourceError: there is no such kind of source.
     """
-    scheme = urllib.parse.urlsplit(url).scheme
+    scheme = scheme_of(url)
     timeout_s = float(options["timeout_s"])
     match scheme:
         case "http" | "https":
             from pipeline.http_source import HttpSource
 
             return HttpSource(url, timeout_s)
-        case "s3":
-            from pipeline.s3_source import S3Source
+        case "hf":
+            from pipeline.hub_source import HubSource
 
-            return S3Source(url, timeout_s)
+            return HubSource(url, timeout_s)
+        case "s3" | "gs" | "az":
+            from pipeline.store_source import StoreSource
+
+            return StoreSource(url, timeout_s)
         case "file":
             return _LocalFile(url)
     raise SourceError(
         f"{redact(url)}: shards cannot come from {scheme or 'this kind of address'!r}",
-        "give http://, https://, s3:// or a path",
+        "give http://, https://, hf://, s3://, gs://, az:// or a path",
     )
+
+
+def scheme_of(url: str) -> str:
+    """What stands before ://, or '' for a path."""
+    before, sign, _ = url.partition("://")
+    return before.lower() if sign and before.isalnum() else ""
+
+
+def certificates() -> Path | None:
+    """The file of authorities that the environment names, for every kind of source.
+
+    Raises:
+        SourceError: it is not there.
+    """
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        if given := os.environ.get(name):
+            if not Path(given).is_file():
+                raise SourceError(f"{name}: there is no file {given}", "correct the variable")
+            return Path(given)
+    return None
 
 
 # ── this disk ───────────────────────────────────────────────────────────────────────────────

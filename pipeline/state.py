@@ -28,6 +28,7 @@ class ShardInfo(NamedTuple):
     version: str
     size_bytes: int | None
     local_path: str | None  # a shard on this disk is read in place: no bytes, never deleted
+    sha256: str | None = None  # what its bytes must have
 
 
 @dataclass(frozen=True)

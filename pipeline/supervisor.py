@@ -20,6 +20,7 @@ import msgspec
 import yaml
 
 from pipeline import (
+    budget,
     cache,
     catalog,
     checkpoints,
@@ -28,6 +29,7 @@ from pipeline import (
     filters,
     held_out,
     identity,
+    manifest,
     sizes,
     trackers,
 )
@@ -58,6 +60,7 @@ from pipeline.workers import writer
 from shm import ring, segment, text
 
 _SMALL_FILES_BYTES = 1 << 18  # lock, status and configuration: beside the logs
+_SAY_S = 5.0  # between lines on a listing that takes long
 _MIN_DOCUMENT_BYTES = 64  # a block of documents shorter than this on average is cut earlier
 _MAX_CONSUMER_DEATHS = 3  # without a new checkpoint in between
 _BLOCKS_PER_TOKENIZER = 4
@@ -123,7 +126,7 @@ def _start_over(job: Job, run_dir: Path) -> None:
     """Forget an earlier run; the command line has asked."""
     shutil.rmtree(run_dir / checkpoints.FOLDER, ignore_errors=True)
     shutil.rmtree(run_dir / held_out.FOLDER, ignore_errors=True)
-    patterns = ["log.txt*", "metrics.jsonl*", "bad_records.jsonl*"]
+    patterns = ["log.txt*", "metrics.jsonl*", "bad_records.jsonl*", catalog.FILE_NAME]
     if job.kind == "tokenize":
         patterns += [writer.STATE_FILE, "tokens_*.bin", "tokens_*.bin.partial"]
     for pattern in patterns:
@@ -185,10 +188,11 @@ class _Run:
         tokenizer = self.config.data.tokenizer
         vocabulary = encoding.vocabulary(tokenizer.name, tokenizer.vocab_size)  # its errors first
         self.eot, self.token_bytes = vocabulary.eot, vocabulary.dtype.itemsize
-        self.shards = catalog.build(self.stream.shards, options)
+        self.shards, listed = self._catalog(options)
         self.lanes = min(self.stream.lanes, len(self.shards))
         if not job.held_out:
-            held_out.check_apart(self.config, [shard.name for shard in self.shards])
+            names = [shard.name for shard in self.shards]
+            held_out.check_apart(self.config, names, options)
         self.identity = identity.identity(
             self.config, self.shards, self.lanes, held_out=job.held_out
         )
@@ -199,12 +203,45 @@ class _Run:
         )
         self.sizes = sizes.split(sizes.usable_cpus(), job.kind, self.stream, cost)
         self.reporter = Reporter(job, view, self.log, self.lanes, self.started)
+        self.reporter.other_bytes = listed["kept_bytes"]
+        self.reporter.event("info", "shards_listed", **listed)
         if job.kind == "train":
             plain = to_plain(self._shown())
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-            self.reporter.other_bytes = held_out.size_bytes(self.run_dir)
+            self.reporter.other_bytes += held_out.size_bytes(self.run_dir)
             self.reporter.trackers = trackers.make(self.config, self.run_dir, plain)
         self.reporter.event("info", "workers_chosen", **msgspec.structs.asdict(self.sizes))
+
+    def _catalog(self, options: dict[str, Any]) -> tuple[tuple[catalog.Shard, ...], dict[str, Any]]:
+        """The shards, kept beside the run for its next start, and what to say of them."""
+        begin, said = time.monotonic(), time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal said
+            if time.monotonic() - said > _SAY_S:
+                said = time.monotonic()
+                self.view.event("info", "listing_shards", done=done, total=total)
+
+        path = self.stream.manifest
+        given = None if path is None else manifest.read(Path(path))
+        folder = self.run_dir.parents[1] if self.job.held_out else self.run_dir
+        kept = catalog.read_kept(folder)
+        shards = catalog.build(self.stream.shards, options, catalog.Known(given, kept), progress)
+        listed_s = time.monotonic() - begin
+        kept_bytes, peak_bytes = catalog.size_bytes(folder, shards)
+        self.fixed_bytes += peak_bytes
+        budget.refuse_too_small(
+            int(self.stream.max_disk_gb * 1e9),
+            fixed_bytes=self.fixed_bytes, checkpoint_bytes=0, floor=0, lanes=len(shards),
+        )  # fmt: skip
+        catalog.keep(folder, shards)
+        return shards, {
+            "shards": len(shards),
+            "size_bytes": sum(shard.size_bytes or 0 for shard in shards),
+            "listed_s": round(listed_s, 3),
+            "known_from_before": kept is not None and all(s.name in kept.entries for s in shards),
+            "kept_bytes": kept_bytes,
+        }
 
     # ── the whole run ───────────────────────────────────────────────────────────────────────
 
@@ -309,6 +346,7 @@ class _Run:
                     shard.version,
                     shard.size_bytes,
                     catalog.local_path(shard.url),
+                    shard.sha256,
                 )
                 for shard in self.shards
             ),

@@ -203,7 +203,7 @@ def _headers(data: bytes, folder: Path) -> None:
     except urllib3.exceptions.HTTPError:  # as in a request: HttpSource._open knows it
         return
     source = http_source.HttpSource("http://host/x", 1)
-    seconds = http_source.retry_after_s(response)
+    seconds = http_source.retry_after_s(response.headers)
     assert seconds is None or 0 <= seconds < 1e10
     with suppress(*_KNOWN):
         source._refuse(response)

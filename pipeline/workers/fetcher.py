@@ -7,6 +7,7 @@ where its partial file ends, if the source still has the same version.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -93,14 +94,13 @@ class Fetcher:
                 pace = _Pace(fetch.name, self._options)
                 try:
                     self._read(source, fetch, body, pace)
+                    body.check()
                     break
                 except ChangedError as error:
                     changes += 1
                     if changes >= _MAX_CHANGES:
-                        raise SourceError(
-                            f"{error}: it is not what the catalog found at the start",
-                            "start again, when nobody writes to it any more",
-                        ) from None
+                        what = f"{error}: it is not what was found when the run began"
+                        raise SourceError(what, error.remedy) from None
                     self._refetched += body.start_over()
                 except TransientError as error:
                     if pace.was_enough():
@@ -214,19 +214,38 @@ class _Body:
     def __init__(self, channel: Channel, fetch: Fetch, file: BinaryIO) -> None:
         self._channel, self._fetch, self.file = channel, fetch, file
         self._limit = fetch.limit_bytes
-        self.digest = xxhash.xxh3_64()
-        self.have = 0
+        self._forget()
         file.seek(0)
         while data := file.read(CHUNK_BYTES):  # what an earlier fetcher has left
-            self.digest.update(data)
-            self.have += len(data)
+            self._take(data)
+
+    def _forget(self) -> None:
+        self.have, self.digest = 0, xxhash.xxh3_64()
+        self._sha256 = None if self._fetch.sha256 is None else hashlib.sha256()
+
+    def _take(self, data: bytes | memoryview) -> None:
+        """These bytes stand in the file."""
+        self.digest.update(data)
+        if self._sha256 is not None:
+            self._sha256.update(data)
+        self.have += len(data)
+
+    def check(self) -> None:
+        """Compare the whole file's SHA-256 with the one that is known. Raises: ChangedError."""
+        if self._sha256 is not None and self._sha256.hexdigest() != self._fetch.sha256:
+            raise ChangedError(
+                f"{self._fetch.name} has the SHA-256 {self._sha256.hexdigest()}, "
+                f"and should have {self._fetch.sha256}",
+                "the shard or its manifest is wrong: make one of them again; --max-bad-shards "
+                "lets the run go on without it",
+            )
 
     def start_over(self) -> int:
         """Throw away what there is; returns how much that was."""
-        lost, self.have = self.have, 0
+        lost = self.have
         self.file.seek(0)
         self.file.truncate()
-        self.digest.reset()
+        self._forget()
         return lost
 
     def write(self, chunk: bytes) -> None:
@@ -243,8 +262,7 @@ class _Body:
             piece = view[:room]
             self.file.write(piece)
             self.file.flush()
-            self.digest.update(piece)
-            self.have += len(piece)
+            self._take(piece)
             view = view[len(piece) :]
 
     def _ask_for_more(self) -> None:
