@@ -69,6 +69,8 @@ class _Client(httpx2.Client):
 
     def send(self, request: httpx2.Request, **how: Any) -> httpx2.Response:
         """Send one request. Raises: TransientError, SourceError."""
+        if self.at.repo not in request.url.path:  # huggingface_hub asks who started it, as well
+            raise TransientError("only what is listed is asked for")
         url = httpx2.URL(fix_hf_endpoint_in_url(str(request.url), hub_source.endpoint()))
         if url.host != httpx2.URL(hub_source.endpoint()).host:  # the next page of a listing
             request.headers.pop("Authorization", None)

@@ -25,7 +25,8 @@ from pipeline.sources import Stat
 
 _ENDPOINT = "https://huggingface.co"
 _REPO = re.compile(
-    r"hf://(?:(?P<kind>datasets|models|spaces)/)?(?P<owner>[^/@]+)/(?P<name>[^/@]+)"
+    r"hf://(?:(?P<kind>datasets|models|spaces)/)?"
+    r"(?P<owner>(?!(?:datasets|models|spaces)/)[^/@]+)/(?P<name>[^/@]+)"
     r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
 )
 

@@ -52,9 +52,8 @@ class Fetched:
         thread.start()
         supervisor = Channel(ours)
         limit = shard.size_bytes or 1 << 16
-        supervisor.send(
-            Fetch(0, shard.url, shard.name, shard.key, shard.size_bytes, shard.version, limit)
-        )
+        size, version, sha256 = shard.size_bytes, shard.version, shard.sha256
+        supervisor.send(Fetch(0, shard.url, shard.name, shard.key, size, version, limit, sha256))
         self.answer = self._answer(supervisor, limit)
         self.seconds = time.monotonic() - begin
         ours.close()
