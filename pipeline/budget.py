@@ -59,5 +59,5 @@ def refuse_too_small(
             f"{floor / 1e9:.3f} GB (the largest shard) + {checkpoint_bytes / 1e9:.3f} GB of "
             f"checkpoints + {fixed_bytes / 1e9:.3f} GB of logs = {smallest / 1e9:.3f} GB",
             f"give --max-disk {smallest / 1e9 + 0.0005:.3f} or more, fewer --lanes, or smaller "
-            "shards",
+            "shards; or --max-disk 0, which streams shards through memory",
         )

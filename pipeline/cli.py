@@ -87,7 +87,8 @@ def _stream_options(command: Callable[..., None]) -> Callable[..., None]:
                      "names the shards as well."),
         click.option("--max-disk", type=float, metavar="GB",
                      help="Hard budget in GB (10⁹ bytes) for cached shards, partial files, "
-                     "checkpoints and logs.  [default: 35]"),
+                     "checkpoints and logs; 0 streams shards through memory, and only "
+                     "checkpoints and logs take disk.  [default: 35]"),
         click.option("--workers", type=_Workers(),
                      help="Tokenizer processes; auto sizes every stage from the CPUs.  "
                      "[default: auto]"),

@@ -45,7 +45,9 @@ class Stream(Section):
     lanes: int = 8  # ordered token streams a batch is mixed from; at most the number of shards
     shuffle: bool = True  # permute the shards per epoch by system.seed
     epochs: int | None = None  # passes over the shards; null repeats them for ever
-    max_disk_gb: float = 35.0  # hard budget: cached shards, partial files, checkpoints, logs
+    # Hard budget: cached shards, partial files, checkpoints, logs. 0: shards are streamed through
+    # memory, so that no byte of them stands on the disk; checkpoints and logs still do.
+    max_disk_gb: float = 35.0
     cache_dir: str | None = None  # null: runs/<name>/cache
     workers: int | Literal["auto"] = "auto"  # tokenizers
     fetchers: int | None = None  # null: derived from the workers
@@ -337,7 +339,6 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         "data.preprocessing.max_context_size": seq_len,
         "data.stream.lanes": stream.lanes,
         "data.stream.slot_windows": stream.slot_windows,
-        "data.stream.max_disk_gb": stream.max_disk_gb,
         "data.stream.timeout_s": stream.timeout_s,
         "data.stream.writer_save_s": stream.writer_save_s,
         "data.stream.hang_s": stream.hang_s,
@@ -374,6 +375,7 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         (stream.ring_slots >= 2, "data.stream.ring_slots", "a ring has at least 2 slots a lane"),
         (stream.timeout_s <= 60, "data.stream.timeout_s", "it is 60 at most"),
         (stream.min_bytes_per_s >= 0, "data.stream.min_bytes_per_s", "it cannot be negative"),
+        (stream.max_disk_gb >= 0, "data.stream.max_disk_gb", "it cannot be negative"),
         (stream.prefetch >= 0, "data.stream.prefetch", "it cannot be negative"),
         (stream.disk_wait_s >= 0, "data.stream.disk_wait_s", "it cannot be negative"),
         (stream.block_bytes >= 4096, "data.stream.block_bytes", "a block holds 4096 bytes or more"),

@@ -456,6 +456,7 @@ class Fetching:
             return BudgetError(
                 f"{shard.name} is longer than {file.reserved_bytes / 1e9:.3f} GB (its server "
                 f"does not say how long) and the disk budget has no room for more of it",
-                "give a larger --max-disk or fewer --lanes",
+                "give a larger --max-disk or fewer --lanes; or --max-disk 0, which streams shards "
+                "through memory",
             )
         return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 
-from pipeline.errors import BadRecordsError, ShardError
+from pipeline.errors import BadRecordsError, ShardError, SourceError
 from pipeline.fetching import Fetching
 from pipeline.messages import (
     BadRecord,
@@ -130,6 +130,8 @@ class Filling:
                     run.next_block,
                     run.end_block,
                     run.place,
+                    state.plan.shards[run.shard].remote,
+                    state.plan.shards[run.shard].local_sha256,
                 ),
             )
         )
@@ -199,7 +201,8 @@ class Filling:
     def unreadable(self, worker: Worker, message: ShardUnreadable) -> None:
         run = self._answer(worker, message.stream)
         self._close(run)
-        error = ShardError(message.what, message.remedy)
+        kind = SourceError if message.of_source else ShardError
+        error = kind(message.what, message.remedy)
         file = self.state.files[run.shard]
         if run.ended:
             return

@@ -70,7 +70,7 @@ def job_for(job: Job) -> Job:
                 lanes=1,
                 shuffle=False,
                 epochs=1,
-                max_disk_gb=stream.max_disk_gb - others / 1e9,
+                max_disk_gb=stream.max_disk_gb and stream.max_disk_gb - others / 1e9,
             ),
         ),
         logging=msgspec.structs.replace(config.logging, max_log_mb=_LOG_MB),

@@ -215,13 +215,23 @@ class DecompressorSetup(Message):
     where: str = ""  # only documents for which this holds; see pipeline/filters.py
     min_chars: int | None = None
     max_chars: int | None = None
+    source_options: dict[str, Any] = {}
+
+
+class Remote(msgspec.Struct, frozen=True, array_like=True):
+    """A shard that is read where it lies, with --max-disk 0; url may carry secrets."""
+
+    url: str
+    size_bytes: int | None
+    version: str
 
 
 class OpenShard(Message):
     """Make a shard readable as stream; its first skip_blocks blocks are passed over, and it
     ends before end_block.
 
-    place: where block skip_blocks begins, if it is known: then nothing before is read.
+    place: where block skip_blocks begins, if it is known: then nothing before is read. remote:
+    where it lies, instead of path. sha256: what the user's own file must have.
     """
 
     stream: int
@@ -230,6 +240,8 @@ class OpenShard(Message):
     skip_blocks: int
     end_block: int | None
     place: BlockStart | None = None
+    remote: Remote | None = None
+    sha256: str | None = None
 
 
 class FillBlock(Message):
@@ -273,7 +285,8 @@ class ShardEnded(Message):
 class ShardUnreadable(Message):
     """The shard cannot be read on from block on; the slot of the last FillBlock is unused.
 
-    cache_damaged: the file differs from what was fetched, so fetching it again helps.
+    cache_damaged: the file differs from what was fetched, so fetching it again helps. of_source:
+    it was read through memory, and cannot be had any more.
     """
 
     stream: int
@@ -282,6 +295,7 @@ class ShardUnreadable(Message):
     what: str
     remedy: str
     cache_damaged: bool
+    of_source: bool = False
 
 
 # ── tokenizer ───────────────────────────────────────────────────────────────────────────────

@@ -200,7 +200,7 @@ class Reporter:
         used = cached_bytes + reserved + checkpoint_bytes + log_bytes
         self.peak_disk_bytes = max(self.peak_disk_bytes, used)
         return DiskStatus(
-            budget_bytes=int(self.job.config.data.stream.max_disk_gb * 1e9),
+            budget_bytes=int(self.job.config.data.stream.max_disk_gb * 1e9),  # 0: no shard at all
             used_bytes=used,
             cached_bytes=cached_bytes,
             reserved_bytes=reserved,

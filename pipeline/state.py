@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pipeline.errors import FinewebError
 from pipeline.lanes import LanePlan
-from pipeline.messages import BlockStart, Cursor, LaneCursor, Message, RingLayout, Skip
+from pipeline.messages import BlockStart, Cursor, LaneCursor, Message, Remote, RingLayout, Skip
 
 
 class ShardInfo(NamedTuple):
@@ -27,8 +27,19 @@ class ShardInfo(NamedTuple):
     key: str
     version: str
     size_bytes: int | None
-    local_path: str | None  # a shard on this disk is read in place: no bytes, never deleted
+    local_path: str | None  # a shard that is read in place takes no bytes and is never deleted
     sha256: str | None = None  # what its bytes must have
+    streamed: bool = False  # --max-disk 0: read in place though it is remote
+
+    @property
+    def remote(self) -> Remote | None:
+        """What reading it through memory needs, if it is read so."""
+        return Remote(self.url, self.size_bytes, self.version) if self.streamed else None
+
+    @property
+    def local_sha256(self) -> str | None:
+        """What a file of this disk must have: nobody has checked it before."""
+        return None if self.local_path is None or self.streamed else self.sha256
 
 
 @dataclass(frozen=True)

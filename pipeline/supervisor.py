@@ -60,6 +60,7 @@ from pipeline.workers import writer
 from shm import ring, segment, text
 
 _SMALL_FILES_BYTES = 1 << 18  # lock, status and configuration: beside the logs
+_NO_LIMIT = 1 << 62
 _SAY_S = 5.0  # between lines on a listing that takes long
 _MIN_DOCUMENT_BYTES = 64  # a block of documents shorter than this on average is cut earlier
 _MAX_CONSUMER_DEATHS = 3  # without a new checkpoint in between
@@ -180,6 +181,9 @@ class _Run:
         self.fixed_bytes = log_bytes + _SMALL_FILES_BYTES
         if job.kind == "train":
             self.fixed_bytes += held_out.disk_bytes(self.config) + trackers.disk_bytes(self.config)
+        # 0: no shard comes onto the disk; logs and checkpoints have limits of their own
+        self.zero_disk = self.stream.max_disk_gb == 0
+        self.budget_bytes = _NO_LIMIT if self.zero_disk else int(self.stream.max_disk_gb * 1e9)
         options = {
             name: getattr(self.stream, name)
             for name in ("max_retries", "timeout_s", "min_bytes_per_s")
@@ -205,6 +209,9 @@ class _Run:
         self.reporter = Reporter(job, view, self.log, self.lanes, self.started)
         self.reporter.other_bytes = listed["kept_bytes"]
         self.reporter.event("info", "shards_listed", **listed)
+        if self.zero_disk and self.stream.manifest is not None:
+            why = "with --max-disk 0 a shard is used before all of it is there"
+            self.reporter.event("warning", "sha256_not_checked", why=why)
         if job.kind == "train":
             plain = to_plain(self._shown())
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
@@ -230,10 +237,14 @@ class _Run:
         listed_s = time.monotonic() - begin
         kept_bytes, peak_bytes = catalog.size_bytes(folder, shards)
         self.fixed_bytes += peak_bytes
+        to_fetch = [shard for shard in shards if catalog.local_path(shard.url) is None]
         budget.refuse_too_small(
-            int(self.stream.max_disk_gb * 1e9),
-            fixed_bytes=self.fixed_bytes, checkpoint_bytes=0, floor=0, lanes=len(shards),
-        )  # fmt: skip
+            self.budget_bytes,
+            fixed_bytes=self.fixed_bytes,
+            checkpoint_bytes=0,
+            floor=max((shard.size_bytes or 0 for shard in to_fetch), default=0),
+            lanes=min(self.stream.lanes, len(shards)),
+        )
         catalog.keep(folder, shards)
         return shards, {
             "shards": len(shards),
@@ -345,10 +356,12 @@ class _Run:
                     shard.key,
                     shard.version,
                     shard.size_bytes,
-                    catalog.local_path(shard.url),
+                    catalog.local_path(shard.url) or (shard.name if streamed else None),
                     shard.sha256,
+                    streamed,
                 )
                 for shard in self.shards
+                for streamed in [self.zero_disk and catalog.local_path(shard.url) is None]
             ),
             lanes=LanePlan(
                 [shard.size_bytes for shard in self.shards],
@@ -360,7 +373,7 @@ class _Run:
             seq_len=self.config.data.preprocessing.max_context_size,
             text_slots=text_slots,
             cache_dir=str(self.cache_dir),
-            budget_bytes=int(stream.max_disk_gb * 1e9),
+            budget_bytes=self.budget_bytes,
             fixed_bytes=self.fixed_bytes,
             workers={
                 "fetcher": self.sizes.fetchers,
@@ -417,6 +430,7 @@ class _Run:
                 filters.condition(self.config.data.filter),
                 self.config.data.filter.min_chars,
                 self.config.data.filter.max_chars,
+                self.source_options,
             ),
             tokenizer=TokenizerSetup(
                 text_layout, ring_layout, tokenizer.name, tokenizer.vocab_size

@@ -6,8 +6,10 @@ wait holds up no other.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -16,7 +18,7 @@ from pipeline.blocks import BlockData, Documents, Filtered, blocks
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
 from pipeline.codecs import open_documents
-from pipeline.errors import ShardError
+from pipeline.errors import ShardError, SourceError
 from pipeline.faults import faultpoint
 from pipeline.messages import (
     BlockFilled,
@@ -27,6 +29,7 @@ from pipeline.messages import (
     ShardEnded,
     ShardUnreadable,
 )
+from pipeline.remote_file import open_remote
 from shm import segment, text
 
 
@@ -41,6 +44,7 @@ class _Stream:
         self, message: OpenShard, setup: DecompressorSetup, working: Callable[[], None]
     ) -> None:
         self.path, self.name = message.path, message.name
+        self._sha256 = message.sha256
         self.next_block = 0 if message.place is None else message.skip_blocks
         self._verified = False
         self._skip, self._end = message.skip_blocks, message.end_block
@@ -55,7 +59,15 @@ class _Stream:
 
         Raises:
             ShardError: the file is damaged.
+            SourceError: it is read where it lies, and cannot be had.
         """
+        if not self._verified and self._sha256 is not None:
+            found = _digest(Path(self.path), hashlib.sha256(), working)
+            if found != self._sha256:
+                raise ShardError(
+                    f"{self.name} has the SHA-256 {found}, and should have {self._sha256}",
+                    "the shard or its manifest is wrong: make one of them again",
+                )
         if not self._verified and _differs_from_fetched(Path(self.path), working):
             raise ShardError(f"{self.name}: its file in the cache is not what was fetched")
         self._verified = True
@@ -77,8 +89,11 @@ def _blocks(
     message: OpenShard, setup: DecompressorSetup, working: Callable[[], None]
 ) -> Generator[BlockData, None, None]:
     place = message.place
+    source: str | BinaryIO = message.path
+    if message.remote is not None:
+        source = open_remote(message.remote, message.name, setup.source_options, working)
     documents = open_documents(
-        message.path,
+        source,
         message.name,
         setup.text_field,
         where=filters.Where(setup.where) if setup.where else None,
@@ -143,7 +158,7 @@ class Decompressor:
         stream = self._streams[message.stream]
         try:
             block = stream.advance(self._channel.working)
-        except ShardError as error:
+        except (ShardError, SourceError) as error:
             self._streams.pop(message.stream).close()
             self._channel.send(
                 ShardUnreadable(
@@ -153,6 +168,7 @@ class Decompressor:
                     what=error.what,
                     remedy=error.remedy,
                     cache_damaged=_differs_from_fetched(Path(stream.path), self._channel.working),
+                    of_source=isinstance(error, SourceError),
                 )
             )
             return
@@ -196,15 +212,20 @@ def _differs_from_fetched(path: Path, working: Callable[[], None]) -> bool:
     entry = cache.parse(path.name)
     if entry is None or entry.digest is None:
         return False
-    digest = xxhash.xxh3_64()
     try:
-        with path.open("rb") as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-                working()
+        return _digest(path, xxhash.xxh3_64(), working) != entry.digest
     except FileNotFoundError:
         return True
-    return digest.hexdigest() != entry.digest
+
+
+def _digest(path: Path, digest: Any, working: Callable[[], None]) -> str:
+    """What a hash says of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+            working()
+    said: str = digest.hexdigest()
+    return said
 
 
 def main(channel: Channel, descriptors: Descriptors) -> None:
