@@ -15,7 +15,9 @@ from typing import Any
 
 _QUERY = re.compile(r"(\w+://)(?:[^\s/@]*@)?([^\s?#\"']*)[?#][^\s\"']*")
 _USER = re.compile(r"(\w+://)[^\s/@]*@")
-_SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|_KEY|_SAS|PROXY", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"SECRET|TOKEN|PASSWORD|CREDENTIAL|_KEY|_SAS|(?<!NO_)PROXY", re.IGNORECASE
+)
 _MIN_LENGTH = 6  # a shorter value may be part of any word
 _MASK = "•••"
 _hidden: tuple[str, ...] = ()  # the longest first

@@ -221,9 +221,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
 def test_an_unknown_certificate_is_refused(
     tmp_path: Path, served: tuple[str, Behaviour, Path],
-    certificate: Path, monkeypatch: pytest.MonkeyPatch,
+    certificate: Path, monkeypatch: pytest.MonkeyPatch, variable: str,
 ) -> None:  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate.with_name("both.pem"))
@@ -234,11 +235,14 @@ def test_an_unknown_certificate_is_refused(
         assert caught.value.what.endswith("its certificate is not trusted")
         assert "SSL_CERT_FILE" in caught.value.remedy
         wrong_host = url.replace("127.0.0.1", "localhost")
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        http_source._pool.cache_clear()
+        monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+        monkeypatch.setenv(variable, str(certificate))
         with pytest.raises(SourceError, match="not trusted"):
             catalog.build([f"{wrong_host}/{NAME}"], OPTIONS)
         Fetched(tmp_path / "cache", f"{url}/{NAME}").ok()
+        monkeypatch.setenv(variable, "/nowhere.pem")
+        with pytest.raises(SourceError, match=f"{variable}: there is no file"):
+            catalog.build([f"{url}/{NAME}"], OPTIONS)
     http_source._pool.cache_clear()
 
 
