@@ -6,7 +6,7 @@ import fnmatch
 from pathlib import PurePosixPath
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.globs import Glob, may_be_shard
@@ -33,6 +33,7 @@ def reference(pattern: list[str], path: list[str]) -> bool:
     return fnmatch.fnmatchcase(path[0], pattern[0]) and reference(pattern[1:], path[1:])
 
 
+@settings(deadline=None)
 @given(PATTERNS, PATHS)
 def test_a_glob_matches_what_the_shell_would(pattern: list[str], path: str) -> None:
     glob = Glob("/".join(pattern))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import manifest
@@ -23,6 +23,7 @@ ENTRIES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(ENTRIES, max_size=8, unique_by=lambda entry: entry.name))
 def test_what_is_written_is_read_again(
     tmp_path_factory: pytest.TempPathFactory, entries: list[Entry]
@@ -34,6 +35,7 @@ def test_what_is_written_is_read_again(
     assert [one.name for one in path.parent.iterdir()] == ["m.jsonl"]
 
 
+@settings(deadline=None)
 @given(st.lists(NAMES, min_size=1, max_size=5, unique=True), NAMES)
 def test_a_shard_is_the_longest_end_that_has_an_entry(known: list[str], name: str) -> None:
     parts = name.split("/")
