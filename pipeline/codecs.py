@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -24,13 +24,14 @@ import msgspec
 import pyarrow as pa
 
 from pipeline import compression, fields, lines, tables, tar
-from pipeline.blocks import Documents, Filtered, Texts
+from pipeline.blocks import Documents, Filtered, Item, Texts
 from pipeline.errors import ShardError
 from pipeline.filters import Where
 from pipeline.lines import ENTRY_BYTES, MAX_RECORD_BYTES
-from pipeline.messages import Entry
-from pipeline.records import JsonReader, Wanted, bad, json_reader, shown, text_reader
+from pipeline.messages import BadRecord, Entry
+from pipeline.records import JsonReader, PlainText, Wanted, bad, json_reader, shown, text_reader
 
+Records = Iterator[bytes | pa.RecordBatch | BadRecord]  # what open_records gives
 _DAMAGED = (*compression.DAMAGED, MemoryError, tar.Error, pa.ArrowException)
 _REMEDY = (
     "fetch or make the shard again, or let the run go on without the rest of it with "
@@ -62,14 +63,32 @@ def open_documents(
         ShardError: the file is damaged, cut off, or of no known form, says how far it was read; or
             it lacks a column.
     """
-    done = begin.records if begin is not None else 0
     wanted = Wanted(name, fields.parse(text_field), where)
+    return cast(Documents, _read(source, wanted, begin or Entry()))
+
+
+def open_records(source: str | BinaryIO, name: str, text_field: str) -> Records:
+    """The same records with all their fields, in the same order: a JSON object each (as it stands
+    in the shard; a plain text becomes one), or many as rows of a table. Arguments and errors as of
+    open_documents."""
+    for item in _read(source, Wanted(name, fields.parse(text_field), whole=True), Entry()):
+        match item:
+            case PlainText():
+                yield msgspec.json.encode({"text": item.decode()})
+            case bytes() | pa.RecordBatch() | BadRecord():
+                yield item
+
+
+def _read(source: str | BinaryIO, wanted: Wanted, begin: Entry) -> Iterator[Item | pa.RecordBatch]:
+    done, name = begin.records, wanted.name
     try:
-        for document in _documents(source, wanted, begin or Entry()):
+        for document in _documents(source, wanted, begin):
             match document:
                 case Entry():
                     yield msgspec.structs.replace(document, records=done)
                     continue
+                case pa.RecordBatch():
+                    done += document.num_rows
                 case Texts():
                     done += len(document.offsets) - 1
                 case Filtered():
@@ -84,14 +103,18 @@ def open_documents(
         )
 
 
-def _documents(source: str | BinaryIO, wanted: Wanted, begin: Entry) -> Documents:
+def _documents(
+    source: str | BinaryIO, wanted: Wanted, begin: Entry
+) -> Iterator[Item | pa.RecordBatch]:
     path = source if isinstance(source, str) else None
     with ExitStack() as stack:
         file = stack.enter_context(_opened(source))
         head = file.read(8)
         file.seek(0)
         if head.startswith(b"PAR1"):
-            yield from tables.parquet(file, wanted, begin)
+            yield from (
+                tables.rows(file, wanted) if wanted.whole else tables.parquet(file, wanted, begin)
+            )
             return
         if head == tables.ARROW_FILE or head.startswith(tables.ARROW_STREAM):
             yield from tables.arrow(file, path, wanted, begin)

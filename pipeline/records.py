@@ -6,7 +6,7 @@ Runs in: decompressors. Pure.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import msgspec
@@ -23,12 +23,18 @@ _decode_text = msgspec.json.Decoder(str).decode
 class Wanted:
     """What is read of a shard.
 
-    name: the shard's, for messages. text: where the text stands. where: which records.
+    name: the shard's, for messages. text: where the text stands. where: which records. whole: the
+    records themselves, not their texts.
     """
 
     name: str
     text: fields.Path
     where: filters.Where | None = None
+    whole: bool = False
+
+
+class PlainText(bytes):
+    """A record that is nothing but its text."""
 
 
 JsonReader = Callable[[bytes, str], bytes | BadRecord | Filtered]
@@ -36,6 +42,7 @@ JsonReader = Callable[[bytes, str], bytes | BadRecord | Filtered]
 
 def json_reader(wanted: Wanted) -> JsonReader:
     """Reads only the text of a JSON object, and what the filter needs; all else in it is skipped.
+    Of whole records it gives the object itself, if it has a text.
 
     Of a key that comes twice the last counts, as in json.loads.
 
@@ -44,6 +51,14 @@ def json_reader(wanted: Wanted) -> JsonReader:
         the filter does not want it. It raises a ShardError for a record that lacks a column of
         the filter.
     """
+    if wanted.whole:
+        of_text = json_reader(replace(wanted, whole=False))
+
+        def keep(data: bytes, place: str) -> bytes | BadRecord | Filtered:
+            text = of_text(data, place)
+            return data if isinstance(text, bytes) else text
+
+        return keep
     if wanted.where is not None or len(wanted.text) > 1:
         return _Picking(wanted).read
     field = wanted.text[0]
@@ -76,7 +91,7 @@ def text_reader(wanted: Wanted) -> JsonReader:
             except filters.AbsentError as error:
                 where = f"{wanted.name}, {shown(place)}"
                 raise filters.absent(where, str(error), "its text alone") from None
-        return data if is_utf8(data) else bad(place, "the text is not UTF-8")
+        return PlainText(data) if is_utf8(data) else bad(place, "the text is not UTF-8")
 
     return read
 

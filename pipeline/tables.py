@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import fields
-from pipeline.blocks import Documents, Filtered, Texts
+from pipeline.blocks import Documents, Filtered, Item, Texts
 from pipeline.errors import ShardError
 from pipeline.filters import Where, is_text
-from pipeline.messages import Entry
+from pipeline.messages import BadRecord, Entry
 from pipeline.records import Wanted, bad, is_utf8, shown
 
 ARROW_FILE = b"ARROW1\0\0"
@@ -62,6 +62,22 @@ def parquet(file: BinaryIO, wanted: Wanted, begin: Entry) -> Documents:
             raise ValueError(f"row group {group} has {row} rows and claims {rows}")
 
 
+def rows(file: BinaryIO, wanted: Wanted) -> Iterator[pa.RecordBatch | BadRecord]:
+    """All columns of a parquet file, a row without text taken out of its batch.
+
+    Raises:
+        ShardError: it has no column of texts by that name.
+    """
+    shard = _Parquet(file, wanted)
+    for group in range(shard.metadata.num_row_groups):
+        row = 0
+        for batch in shard.whole(group):
+            yield from _with_text(batch, wanted, row, f"row group {group}")
+            row += len(batch)
+        if row != shard.metadata.row_group(group).num_rows:
+            raise ValueError(f"row group {group} has {row} rows and claims more")
+
+
 class _Parquet:
     """A parquet file, read in batches of few bytes whatever its row groups hold.
 
@@ -92,6 +108,11 @@ class _Parquet:
     def texts(self, group: int) -> Iterator[pa.RecordBatch]:
         """The text's column of a row group."""
         return self._batches(group, self._text)
+
+    def whole(self, group: int) -> Iterator[pa.RecordBatch]:
+        """All columns of a row group."""
+        count = self._rows_at_once(group, self.schema.names)
+        return self._plain.iter_batches(count, row_groups=[group])
 
     def mask(self, group: int, where: Where) -> np.ndarray:
         """Which rows of a row group are wanted, by the filter's columns alone: bool, (rows,)."""
@@ -152,8 +173,10 @@ def _possible_groups(shard: _Parquet, wanted: Wanted) -> set[int]:
 # ── Arrow IPC ───────────────────────────────────────────────────────────────────────────────
 
 
-def arrow(file: BinaryIO, path: str | None, wanted: Wanted, begin: Entry) -> Documents:
-    """The texts of an Arrow file or stream, from the record batch begin.at on.
+def arrow(
+    file: BinaryIO, path: str | None, wanted: Wanted, begin: Entry
+) -> Iterator[Item | pa.RecordBatch]:
+    """The texts of an Arrow file or stream, or its rows whole, from the record batch begin.at on.
 
     Raises:
         ShardError: it has no such columns.
@@ -168,11 +191,16 @@ def arrow(file: BinaryIO, path: str | None, wanted: Wanted, begin: Entry) -> Doc
         source.seek(0)
         paths = [wanted.text, *(one.path for one in (wanted.where.columns if wanted.where else ()))]
         included = {schema.get_field_index(path[0]) for path in paths} - {-1}
-        options = pa.ipc.IpcReadOptions(included_fields=sorted(included))
+        options = pa.ipc.IpcReadOptions(included_fields=[] if wanted.whole else sorted(included))
         reader = opener(source, options=options)
         for number, batch in enumerate(_batches(reader, is_file, begin.at), begin.at):
             yield Entry(number)
             sound = _sound(batch)
+            if wanted.whole:
+                for row in range(0, len(sound), _ROWS):
+                    part = batch.slice(row, _ROWS)
+                    yield from _with_text(part, wanted, row, f"record batch {number}")
+                continue
             mask = wanted.where.mask(sound) if wanted.where is not None else None
             column = fields.column(sound, wanted.text)
             for row in range(0, len(sound), _ROWS):
@@ -263,6 +291,21 @@ def _documents(column: pa.Array, mask: np.ndarray | None, first: int, group: str
             yield document
         else:
             yield bad(f"row {row} of {group}", document)
+
+
+def _with_text(
+    batch: pa.RecordBatch, wanted: Wanted, first: int, group: str
+) -> Iterator[pa.RecordBatch | BadRecord]:
+    """A batch, or its rows one by one where some of them have no text."""
+    column = fields.column(batch, wanted.text)
+    if _texts(column) is not None:
+        yield batch
+        return
+    for row, text in enumerate(_one_by_one(column)):
+        if isinstance(text, bytes):
+            yield batch.slice(row, 1)
+        else:
+            yield bad(f"row {first + row} of {group}", text)
 
 
 def _texts(column: pa.Array) -> Texts | None:

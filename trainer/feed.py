@@ -2,9 +2,8 @@
 
 Runs in: trainer. Imports no mlx: a window is a numpy view, and whoever takes it uploads it.
 
-The windows of all lanes come in rounds, one of each lane; a lane that has no whole window left
-is passed over. Window k of a lane is its tokens [k·T, k·T + T], so where a lane stands says it
-all: the next window belongs to the lane that has the lowest position.
+Window k of a lane is its tokens [k·T, k·T + T], so where the lanes stand says it all: whose window
+comes next is pipeline/turns.py's to say.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from pipeline.messages import (
     SlotReleased,
     Stop,
 )
+from pipeline.turns import Group, Turns, one_group
 from shm import ring
 
 Answer = TypeVar("Answer", CursorIs, CheckpointGranted)
@@ -50,12 +50,19 @@ class Feed:
         tokens: The ring, mapped read-only.
         positions: Where every lane stands, multiples of seq_len.
         seq_len: T.
+        groups: The data sets that the lanes hold; None: they all hold one.
     """
 
     def __init__(
-        self, channel: Channel, tokens: ring.Ring, positions: tuple[int, ...], seq_len: int
+        self,
+        channel: Channel,
+        tokens: ring.Ring,
+        positions: tuple[int, ...],
+        seq_len: int,
+        groups: tuple[Group, ...] | None = None,
     ) -> None:
         self._channel, self._ring, self._T = channel, tokens, seq_len
+        self.turns = Turns(groups or one_group(len(positions)), seq_len)
         self.positions = list(positions)
         self._valid = list(positions)
         self._ends: list[int | None] = [None] * len(positions)
@@ -98,14 +105,9 @@ class Feed:
     def _next_lane(self) -> int | None:
         """The lane whose turn it is, once its window is there; None at the end of the stream."""
         while True:
-            open_lanes = [
-                lane
-                for lane, end in enumerate(self._ends)
-                if end is None or self.positions[lane] + self._T + 1 <= end
-            ]
-            if not open_lanes:
+            lane = self.turns.next_lane(self.positions, self._ends)
+            if lane is None:
                 return None
-            lane = min(open_lanes, key=lambda lane: (self.positions[lane], lane))
             if self.positions[lane] + self._T + 1 <= self._valid[lane]:
                 return lane
             if self.stop is not None:

@@ -1,0 +1,92 @@
+"""Whose window comes next: the one rule by which lanes become a sequence of batches.
+
+Runs in: trainer (its feed), supervisor (how far the reader can have come) and `where`. Pure.
+
+Lanes belong to groups, one group a data set. The next window belongs to the group that is
+furthest behind its weight, and there to the lane that has the lowest position. Both can be told
+from where the lanes stand, so a cursor needs nothing else, and a resume goes on as if nothing had
+happened:
+
+    group   the lowest (n + 1/2) / weight, n windows read of it so far (the first on a tie)
+    lane    the lowest position (the first on a tie), among those with a whole window left
+
+With one group, that is a round of one window from each lane. With several it is Webster's rule of
+apportionment: after any number of windows every data set has its share, to within one window or
+two. The weights are whole numbers, so no rounding decides what the stream is. Dealing whole lanes
+to data sets by weight was the alternative: eight lanes know only eighths.
+
+A lane that has no whole window left is passed over. A data set that has none left when its turn
+comes is the end of the stream: to go on without it would be another mixture than was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Group(NamedTuple):
+    """Consecutive lanes that hold one data set."""
+
+    name: str
+    first: int
+    lanes: int
+    weight: int
+
+    @property
+    def members(self) -> range:
+        """Their numbers."""
+        return range(self.first, self.first + self.lanes)
+
+
+class Turns:
+    """The rule, for fixed groups.
+
+    Args:
+        groups: They hold all lanes, in order.
+        seq_len: T: a window is T + 1 tokens, the next begins T later.
+    """
+
+    def __init__(self, groups: Sequence[Group], seq_len: int) -> None:
+        self.groups, self._T = tuple(groups), seq_len
+
+    def next_lane(self, positions: Sequence[int], ends: Sequence[int | None]) -> int | None:
+        """The lane that the next window comes from; None at the end of the stream.
+
+        Args:
+            positions: Where every lane stands, multiples of T.
+            ends: Every lane's length in tokens, as far as it is known.
+        """
+        T = self._T
+        open_lanes = [
+            lane
+            for lane in self._next_group(positions).members
+            if (end := ends[lane]) is None or positions[lane] + T + 1 <= end
+        ]
+        return min(open_lanes, key=lambda lane: (positions[lane], lane), default=None)
+
+    def _next_group(self, positions: Sequence[int]) -> Group:
+        if len(self.groups) == 1:
+            return self.groups[0]
+        behind, least = self.groups[0], self.windows(self.groups[0], positions)
+        for group in self.groups[1:]:
+            count = self.windows(group, positions)
+            # (count + 1/2) / group.weight < (least + 1/2) / behind.weight, in whole numbers
+            if (2 * count + 1) * behind.weight < (2 * least + 1) * group.weight:
+                behind, least = group, count
+        return behind
+
+    def windows(self, group: Group, positions: Sequence[int]) -> int:
+        """Windows that have been read of a group."""
+        return sum(positions[lane] for lane in group.members) // self._T
+
+    def shares(self, positions: Sequence[int]) -> dict[str, float]:
+        """The part of all windows that each group has had; empty before the first."""
+        counts = {group.name: self.windows(group, positions) for group in self.groups}
+        total = sum(counts.values())
+        return {name: count / total for name, count in counts.items()} if total else {}
+
+
+def one_group(lanes: int) -> tuple[Group, ...]:
+    """All lanes hold one data set."""
+    return (Group("all", 0, lanes, 1),)
