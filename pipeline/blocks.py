@@ -23,6 +23,7 @@ import numpy as np
 from pipeline.messages import BadRecord, BlockStart, Entry
 
 _NAMED_BAD = 100  # bad records that a block names; the rest is only counted
+_MIN_DOCUMENT_BYTES = 64  # a block of documents shorter than this on average is cut earlier
 
 
 class Texts(NamedTuple):
@@ -56,6 +57,11 @@ class Filtered(NamedTuple):
 
 Item = bytes | Texts | BadRecord | Filtered | Entry
 Documents = Iterator[Item]
+
+
+def most_documents(block_bytes: int) -> int:
+    """Documents that a block of so much text holds at most."""
+    return block_bytes // _MIN_DOCUMENT_BYTES
 
 
 @dataclass

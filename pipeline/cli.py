@@ -16,7 +16,7 @@ from typing import Any
 import click
 import msgspec
 
-from pipeline import checkpoints, cli_runs, cli_shards, config, supervisor
+from pipeline import checkpoints, cli_runs, cli_shards, cli_where, config, supervisor
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ExitCode, FinewebError
 from pipeline.redaction import scrub
@@ -153,6 +153,7 @@ def cli() -> None:
     fineweb-pipeline export RUN --out DIR
     fineweb-pipeline report RUN
     fineweb-pipeline shards list PATTERN
+    fineweb-pipeline where --run RUN --step S
     """
 
 
@@ -273,6 +274,7 @@ cli.add_command(cli_runs.generate)
 cli.add_command(cli_runs.export)
 cli.add_command(cli_runs.report)
 cli.add_command(cli_shards.shards)
+cli.add_command(cli_where.where)
 
 
 @cli.command(epilog="Exit codes: 0 every promise held · 6 one was broken")

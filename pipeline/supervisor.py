@@ -20,6 +20,7 @@ import msgspec
 import yaml
 
 from pipeline import (
+    blocks,
     budget,
     cache,
     catalog,
@@ -30,13 +31,13 @@ from pipeline import (
     held_out,
     identity,
     manifest,
+    mixture,
     sizes,
     trackers,
 )
-from pipeline.config import Config, to_plain
+from pipeline.config import Config, Stream, to_plain
 from pipeline.errors import ExitCode, WorkerCrashError, disk_error
 from pipeline.generation import ConsumerDiedError, Generation, Hooks, Setup, evict_files
-from pipeline.lanes import LanePlan
 from pipeline.log import RunLog
 from pipeline.messages import (
     CheckpointWritten,
@@ -62,7 +63,6 @@ from shm import ring, segment, text
 _SMALL_FILES_BYTES = 1 << 18  # lock, status and configuration: beside the logs
 _NO_LIMIT = 1 << 62
 _SAY_S = 5.0  # between lines on a listing that takes long
-_MIN_DOCUMENT_BYTES = 64  # a block of documents shorter than this on average is cut earlier
 _MAX_CONSUMER_DEATHS = 3  # without a new checkpoint in between
 _BLOCKS_PER_TOKENIZER = 4
 
@@ -135,6 +135,12 @@ def _start_over(job: Job, run_dir: Path) -> None:
             path.unlink()
 
 
+def source_options(stream: Stream) -> dict[str, Any]:
+    """What pipeline/sources.py needs of the configuration."""
+    names = ("max_retries", "timeout_s", "min_bytes_per_s")
+    return {name: getattr(stream, name) for name in names}
+
+
 class _Stops:
     """Counts requests to stop; readable wakes the event loop."""
 
@@ -184,19 +190,16 @@ class _Run:
         # 0: no shard comes onto the disk; logs and checkpoints have limits of their own
         self.zero_disk = self.stream.max_disk_gb == 0
         self.budget_bytes = _NO_LIMIT if self.zero_disk else int(self.stream.max_disk_gb * 1e9)
-        options = {
-            name: getattr(self.stream, name)
-            for name in ("max_retries", "timeout_s", "min_bytes_per_s")
-        }
-        self.source_options: dict[str, Any] = options
+        self.source_options = source_options(self.stream)
         tokenizer = self.config.data.tokenizer
         vocabulary = encoding.vocabulary(tokenizer.name, tokenizer.vocab_size)  # its errors first
         self.eot, self.token_bytes = vocabulary.eot, vocabulary.dtype.itemsize
-        self.shards, listed = self._catalog(options)
-        self.lanes = min(self.stream.lanes, len(self.shards))
+        self.shards, listed = self._catalog(self.source_options)
+        self.groups = mixture.groups(self.config, self.shards)
+        self.lanes = sum(group.lanes for group in self.groups)
         if not job.held_out:
             names = [shard.name for shard in self.shards]
-            held_out.check_apart(self.config, names, options)
+            held_out.check_apart(self.config, names, self.source_options)
         self.identity = identity.identity(
             self.config, self.shards, self.lanes, held_out=job.held_out
         )
@@ -314,7 +317,7 @@ class _Run:
         text_layout = TextLayout(
             slots=self.lanes + _BLOCKS_PER_TOKENIZER * self.sizes.tokenizers,
             text_bytes=stream.block_bytes,
-            documents=stream.block_bytes // _MIN_DOCUMENT_BYTES,
+            documents=blocks.most_documents(stream.block_bytes),
         )
         positions = tuple(lane.position for lane in cursor.lanes)
         kept = checkpoints.most(self.config)
@@ -363,12 +366,7 @@ class _Run:
                 for shard in self.shards
                 for streamed in [self.zero_disk and catalog.local_path(shard.url) is None]
             ),
-            lanes=LanePlan(
-                [shard.size_bytes for shard in self.shards],
-                lanes=self.lanes,
-                seed=self.config.system.seed if stream.shuffle else None,
-                epochs=stream.epochs,
-            ),
+            lanes=mixture.plan(self.config, self.shards, self.groups),
             ring=ring_layout,
             seq_len=self.config.data.preprocessing.max_context_size,
             text_slots=text_slots,
