@@ -99,6 +99,12 @@ class ShardFiles:
                 self._users[shard.key] -= 1
                 self._changed.notify_all()
 
+    def drop(self, shard: Shard) -> None:
+        """Delete a fetched file that nobody uses: it is not needed again."""
+        with self._changed:
+            if self._bytes.get(shard.key) is not None and not self._users[shard.key]:
+                self._evict(shard.key)
+
     # ── bytes ───────────────────────────────────────────────────────────────────────────────
 
     def _reserve(self, shard: Shard, total_bytes: int) -> None:
