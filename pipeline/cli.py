@@ -152,7 +152,7 @@ def cli() -> None:
     fineweb-pipeline generate RUN "Once upon a time"
     fineweb-pipeline export RUN --out DIR
     fineweb-pipeline report RUN
-    fineweb-pipeline shards list PATTERN
+    fineweb-pipeline shards list|make|verify PATTERN
     fineweb-pipeline where --run RUN --step S
     """
 

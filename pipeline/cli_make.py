@@ -41,10 +41,10 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result a
 def make(processes: int | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Make shards of one form and size from the documents of PATTERNs, with all their fields.
 
-    Inputs are tar, jsonl or parquet, on this disk or not. The same inputs and options give the same
-    bytes, whatever --processes is. A run that was stopped or killed goes on with the same command;
-    a shard has its name only when it is whole. manifest.jsonl says size, sha256 and documents of
-    each.
+    Inputs are of any form that a run reads, on this disk or not. The same inputs and options give
+    the same bytes, whatever --processes is. What was stopped or killed goes on with the same
+    command; a shard has its name only when it is whole. manifest.jsonl says size, sha256 and
+    documents of each.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Commands on shards: what is there.
+"""Commands on shards: what is there, making them, checking them.
 
 Runs in: the command line's own process.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from pipeline import catalog, manifest
+from pipeline import catalog, cli_make, manifest
 from pipeline.catalog import Shard
 from pipeline.config import Stream
 
@@ -21,7 +21,11 @@ _SAY_S = 0.2
 
 @click.group()
 def shards() -> None:
-    """Look at shards, wherever they are."""
+    """Look at shards, wherever they are; make and verify them."""
+
+
+shards.add_command(cli_make.make)
+shards.add_command(cli_make.verify)
 
 
 @shards.command(name="list")

@@ -3,9 +3,9 @@
 Runs in: processes of `where`. Reads shards that are on this disk, starts nothing.
 
 The stream is that of the run, made by the same code: the lane's turns (lanes.py), a shard's
-documents (codecs.py, filters.py, holdout.py), its blocks (blocks.py), their tokens (encoding.py), a block's
-position the sum of the counts before it, and what the cursor says is left out. Only the ring and
-the processes around it are missing.
+documents (codecs.py, filters.py, holdout.py), its blocks (blocks.py), their tokens (encoding.py),
+a block's position the sum of the counts before it, and what the cursor says is left out. Only the
+ring and the processes around it are missing.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline import cli_make, manifest
+from pipeline.blocks import Texts
 from pipeline.codecs import open_documents, open_records
 from pipeline.errors import BadRecordsError, ConfigError, ShardError
 from pipeline.making import make as making
 from tests.harness import ROOT, english, write_shards
 
 DOCUMENTS = english(120, largest=9000)
-_COMMAND = "from pipeline import cli, cli_make; cli.cli.add_command(cli_make.make); cli.main()"
 
 
 def order(folder: Path, inputs: Path, form: str, **changes: Any) -> making.Order:
@@ -37,8 +37,10 @@ def held(folder: Path, names: list[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         for item in open_documents(str(folder / name), name, "text"):
-            for one in item.one_by_one() if hasattr(item, "one_by_one") else (item,):
-                found.append(one.decode())
+            if isinstance(item, Texts):
+                found += [one.decode() for one in item.one_by_one()]
+            elif isinstance(item, bytes):
+                found.append(item.decode())
     return found
 
 
@@ -78,8 +80,9 @@ def test_the_documents_and_their_fields_stay_and_processes_do_not_matter(
 
 def _start(folder: Path, inputs: Path, **popen: Any) -> subprocess.Popen[bytes]:
     arguments = [str(inputs), "--out", str(folder), "--format", "tar.bz2", "--shard-size", "2000"]
-    return subprocess.Popen([sys.executable, "-c", _COMMAND, "make", *arguments], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)  # fmt: skip
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "shards", "make"]
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **popen)  # fmt: skip
 
 
 def test_killed_and_run_again(tmp_path: Path) -> None:
