@@ -284,7 +284,7 @@ class Terminal:
 def test_a_terminal_that_is_closed_or_interrupts_stops_the_run_cleanly(
     tmp_path: Path, shards: list[Path], expected: str, how: str
 ) -> None:
-    with http_server(shards[0].parent, Behaviour(bytes_per_s=40_000)) as url:
+    with http_server(shards[0].parent, Behaviour(bytes_per_s=20_000)) as url:
         urls = [f"{url}/{path.name}" for path in shards]
         terminal = Terminal(tmp_path, urls)
         family = descendants(terminal.pid)

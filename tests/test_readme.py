@@ -14,8 +14,8 @@ from tests.harness import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(
     path
-    for folder in ("pipeline", "pipeline/workers", "pipeline/chaos", "shm", "trainer")
-    for path in (ROOT / folder).glob("*.py")
+    for folder in ("pipeline", "shm", "trainer")
+    for path in (ROOT / folder).rglob("*.py")
     if path.name != "__init__.py"
 )
 

@@ -131,7 +131,9 @@ def other_encoding(name: str) -> tiktoken.Encoding:
 
 def hf(ranks_of: tiktoken.Encoding, vocab_size: int) -> Tokenizer:
     described = hf_tokenizer.tokenizer_json(ranks_of, vocab_size, vocab_size - 1)
-    return Tokenizer.from_str(json.dumps(described))
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer.encode_special_tokens = True  # a text that spells one is text, as for the encoders
+    return tokenizer
 
 
 WHOLE = {"gpt2": GPT2, **{n: other_encoding(n) for n in ("cl100k_base", "o200k_base")}}
