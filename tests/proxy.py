@@ -137,7 +137,9 @@ class _Handler(socketserver.BaseRequestHandler):
         asked = [lines[0], *(f"{key}: {value}" for key, value in kept.items())]
         with socket.create_connection(self.proxy.upstream, 10) as server:
             server.sendall("\r\n".join([*asked, "Connection: close", "", ""]).encode("latin-1"))
-            head = header("Connection", "close")(_head(server))
+            head = _head(server)
+            if fault is NONE:  # the next request may be of a client that would use it again
+                head = header("Connection", "close")(head)
             head = fault.head(head) if fault.head else head
             body = iter(lambda: server.recv(_PIECE_BYTES), b"")
             self._relay((piece for pieces in ([head], body) for piece in pieces), fault, request,
