@@ -31,7 +31,8 @@ _MERGE_BITS = np.uint64(24)
 _MERGE_MASK = np.uint64((1 << 24) - 1)
 _EMPTY = np.uint64(0x7FFF_FFFF_FFFF_FFFF)
 _MORE = np.uint64(0x8000_0000_0000_0000)
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_NOTHING = np.uint64(NO_MERGE)
+_MULTIPLIERS = np.array([0x9E3779B1, 0x85EBCA77], np.uint32)
 
 
 class Merges:
@@ -150,12 +151,11 @@ class PairTable:
     """
 
     def __init__(self, left: np.ndarray, right: np.ndarray, merged: np.ndarray) -> None:
-        slots_log2 = max(8, int(4 * len(left)).bit_length())
-        self._shift = np.uint64(64 - slots_log2)
-        key = self._key(left, right)
+        slots_log2 = max(8, int(8 * len(left)).bit_length())
+        self._shift = np.uint32(32 - slots_log2)
         # An entry is the key, and below it the merge as find returns it.
-        entries = key << _MERGE_BITS | merged.astype(np.uint64) << _ROW_BITS
-        slots = self._slots(key)
+        entries = self._key(left, right) | merged.astype(np.uint64) << _ROW_BITS
+        slots = self._slots(left, right)
         self._table = np.full(1 << slots_log2, _EMPTY)
         self._table[slots] = entries
         # Pairs that lost their place are in a sorted array, and the place says so.
@@ -165,26 +165,30 @@ class PairTable:
 
     def find(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """The merges of pairs: the merged token's id << 5, or NO_MERGE; shape of left, uint32."""
+        entries = np.take(self._table, self._slots(left, right), mode="clip")
         key = self._key(left, right)
-        entries = np.take(self._table, self._slots(key), mode="clip")
-        more = entries >= _MORE
+        entries ^= key  # what is left of the right one is the merge
+        elsewhere = np.flatnonzero(entries > _MORE + _MERGE_MASK)
         entries &= _EMPTY
-        differ = (entries >> _MERGE_BITS) != key
-        more &= differ
-        at = np.flatnonzero(more)
-        if at.size:
-            entries[at] = self._lost[np.searchsorted(self._lost, key[at] << _MERGE_BITS)]
-            differ[at] = (entries[at] >> _MERGE_BITS) != key[at]
-        entries &= _MERGE_MASK
-        merges = entries.astype(np.uint32)
-        np.copyto(merges, NO_MERGE, where=differ)
-        return merges
+        if elsewhere.size:
+            key = key[elsewhere]
+            entries[elsewhere] = self._lost[np.searchsorted(self._lost, key)] ^ key
+        np.copyto(entries, _NOTHING, where=entries > _MERGE_MASK)
+        return entries.astype(np.uint32)
 
-    def _key(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return left.astype(np.uint64) << _TOKEN_BITS | right
+    @staticmethod
+    def _key(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        key = left.astype(np.uint64)
+        key <<= _TOKEN_BITS
+        key |= right
+        key <<= _MERGE_BITS
+        return key
 
-    def _slots(self, key: np.ndarray) -> np.ndarray:
-        return ((key * _MULTIPLIER) >> self._shift).view(np.int64)
+    def _slots(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        hashed = left * _MULTIPLIERS[0]
+        hashed += right * _MULTIPLIERS[1]
+        hashed >>= self._shift
+        return hashed.astype(np.int64)
 
 
 def _pairs(ranks: dict[bytes, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
