@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import io
 import lzma
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -145,11 +146,12 @@ class Target(Protocol):
         ...
 
 
-class _ByRecord:
+class _ByRecord(ABC):
     """A form that takes records one by one."""
 
+    @abstractmethod
     def write(self, record: bytes, key: str) -> None:
-        raise NotImplementedError
+        """See Target."""
 
     def write_rows(self, rows: pa.RecordBatch, key: Callable[[int], str]) -> None:
         for number, row in enumerate(rows.to_pylist()):
