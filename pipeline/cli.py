@@ -193,7 +193,7 @@ def start(
     if config_path is None and given:
         overrides = {"name": "run", **overrides}
     loaded = config.load(config_path or (None if given else "demo"), overrides)
-    if not given and not loaded.data.stream.shards and config_path is None:
+    if not given and not config.patterns(loaded.data.stream) and config_path is None:
         from pipeline import demo_run
 
         demo_run.run(loaded, fresh=fresh, plain=plain, as_json=as_json)
@@ -329,7 +329,7 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _job(kind: Any, loaded: Config, run_dir: Path, fresh: bool) -> Job:
-    if not (loaded.data.stream.shards or loaded.data.stream.manifest):
+    if not (config.patterns(loaded.data.stream) or loaded.data.stream.manifest):
         raise ConfigError("no shards are given", "name them with --shards or data.stream.shards")
     cache_dir = loaded.data.stream.cache_dir or str(run_dir / "cache")
     return Job(kind, loaded, str(run_dir), cache_dir, fresh=fresh)

@@ -8,6 +8,7 @@ name ends with; GB are 10⁹ bytes.
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,10 +37,19 @@ class Tokenizer(Section):
     vocab_size: int | None = None  # keep only the first ranks, the end-of-text token included
 
 
+class DataSet(Section):
+    """One part of a mix."""
+
+    shards: list[str]  # patterns
+    weight: float = 1.0  # of its windows beside the other data sets' weights
+    epochs: int | None = None  # passes over its shards; its end is the run's; null: for ever
+
+
 class Stream(Section):
     """Where the shards are and how they are streamed."""
 
     shards: list[str] = []  # patterns: pipeline/listing.py says which there are
+    mix: dict[str, DataSet] = {}  # or several data sets by name, mixed by weight
     manifest: str | None = None  # file with sizes and SHA-256 of the shards, which are enforced
     text_field: str = "text"  # JSON field or column of a table; /a/b/0 is what is nested
     lanes: int = 8  # ordered token streams a batch is mixed from; at most the number of shards
@@ -66,6 +76,11 @@ class Stream(Section):
     worker_memory_gb: float | None = None  # a larger worker is replaced; null: a quarter of all
     writer_save_s: float = 10.0  # tokenize: what was written is made durable this often
     disk_wait_s: float = 600.0  # a checkpoint that meets a full disk is tried again this long
+
+
+def patterns(stream: Stream) -> list[str]:
+    """Of all shards that are trained on."""
+    return stream.shards + [pattern for one in stream.mix.values() for pattern in one.shards]
 
 
 class Validation(Section):
@@ -372,6 +387,27 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
     }
     rules = [(value > 0, key, f"{value} is not positive") for key, value in positive.items()]  # type: ignore[operator]
     rules += [
+        (not (stream.shards and stream.mix), "data.stream.mix", "give shards or a mix, not both"),
+        *(
+            (
+                math.isfinite(one.weight) and one.weight > 0,
+                f"data.stream.mix.{name}.weight",
+                f"{one.weight} is not positive",
+            )
+            for name, one in stream.mix.items()
+        ),
+        *(
+            (bool(one.shards), f"data.stream.mix.{name}.shards", "it names no shards")
+            for name, one in stream.mix.items()
+        ),
+        *(
+            (
+                one.epochs is None or one.epochs > 0,
+                f"data.stream.mix.{name}.epochs",
+                f"{one.epochs} is not positive",
+            )
+            for name, one in stream.mix.items()
+        ),
         (stream.ring_slots >= 2, "data.stream.ring_slots", "a ring has at least 2 slots a lane"),
         (stream.timeout_s <= 60, "data.stream.timeout_s", "it is 60 at most"),
         (stream.min_bytes_per_s >= 0, "data.stream.min_bytes_per_s", "it cannot be negative"),

@@ -20,7 +20,7 @@ import msgspec
 import xxhash
 
 from pipeline import catalog, checkpoints
-from pipeline.config import Config
+from pipeline.config import Config, patterns
 from pipeline.errors import ConfigError
 from pipeline.workers import writer
 
@@ -65,7 +65,8 @@ def job_for(job: Job) -> Job:
             config.data,
             stream=msgspec.structs.replace(
                 stream,
-                shards=validation.shards or stream.shards,
+                shards=validation.shards or patterns(stream),
+                mix={},
                 manifest=None if validation.shards else stream.manifest,
                 lanes=1,
                 shuffle=False,
@@ -96,8 +97,8 @@ def _key(config: Config) -> str:
         data.stream.text_field,
         data.stream.block_bytes,
     )
-    patterns = [] if data.validation.shards else data.stream.shards
-    return xxhash.xxh3_64_hexdigest(msgspec.json.encode((of, patterns)))
+    trained_on = [] if data.validation.shards else patterns(data.stream)
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode((of, trained_on)))
 
 
 def is_ready(inner: Job) -> bool:

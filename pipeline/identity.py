@@ -22,7 +22,12 @@ from pipeline.redaction import redact
 
 
 def identity(
-    config: Config, shards: Sequence[Shard], lanes: int, *, held_out: bool = False
+    config: Config,
+    shards: Sequence[Shard],
+    lanes: int,
+    *,
+    mix: str = "",
+    held_out: bool = False,
 ) -> dict[str, str]:
     """Everything that the tokens depend on, as text a person can compare.
 
@@ -30,6 +35,7 @@ def identity(
         config: The run's.
         shards: The catalog.
         lanes: Number of lanes.
+        mix: The data sets' weights and lanes, if there are several.
         held_out: The stream is that of the documents that training does not see.
     """
     listing = xxhash.xxh3_128_hexdigest(
@@ -38,7 +44,7 @@ def identity(
     stream, tokenizer = config.data.stream, config.data.tokenizer
     validation = config.data.validation
     apart = [redact(pattern) for pattern in validation.shards]
-    return {
+    return ({"data.stream.mix": mix} if mix else {}) | {
         "shards": f"{len(shards)} shards, {listing}",
         "data.stream.text_field": stream.text_field,
         "data.stream.lanes": str(lanes),

@@ -27,6 +27,8 @@ from typing import Any
 
 import msgspec
 
+from pipeline.turns import Group
+
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Base of all messages: immutable, tagged by class name."""
@@ -380,6 +382,7 @@ class TrainerSetup(Message):
     run_dir: str
     checkpoint: str | None
     validation: str | None = None  # token file; None: no validation
+    groups: tuple[Group, ...] = ()  # the data sets' lanes
 
 
 class ConsumerReady(Message):

@@ -35,6 +35,7 @@ from pipeline.messages import (
 )
 from pipeline.placing import CONSUMER, Placing
 from pipeline.state import Command, File, FileState, Kill, Lane, Plan, Spawn, State, Worker
+from pipeline.turns import Turns, one_group
 
 _BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 5.0
@@ -273,17 +274,19 @@ class Scheduler:
                 return
 
     def _reader_waits(self) -> bool:
-        """Whether the reader has read what it can: it goes T tokens in each lane in turn, so a lane
-        with nothing to read says how far it can have come in the others."""
+        """Whether the reader has read what it can: it takes windows by the rule of turns.py, so a
+        lane with nothing to read says how far it can have come in the others."""
         T, C = self.state.plan.seq_len, self.state.plan.ring.slot_tokens
+        turns = Turns(self.state.plan.groups or one_group(len(self.state.lanes)), T)
+        ends = [lane.end for lane in self.state.lanes]
+        most = [None if end is None else max(0, end - 1) // T for end in ends]
         going = [lane for lane in self.state.lanes if lane.end is None]
         dry = [lane for lane in going if lane.published == lane.released]
         for lane in dry:
             turn = max(lane.base, lane.released * C) // T
-            if all(
-                other in dry or other.released >= (turn + (other.index < lane.index)) * T // C
-                for other in going
-            ):
+            reached = turns.reached(lane.index, turn, most)
+            if all(other in dry or other.released >= reached[other.index] * T // C
+                   for other in going):  # fmt: skip
                 return True
         return False
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from pipeline.errors import FinewebError
 from pipeline.lanes import LanePlan
 from pipeline.messages import BlockStart, Cursor, LaneCursor, Message, Remote, RingLayout, Skip
+from pipeline.turns import Group
 
 
 class ShardInfo(NamedTuple):
@@ -64,6 +65,7 @@ class Plan:
     hang_s: float = 180.0  # a worker with work that says nothing for this long is killed
     disk_full_retry_s: float = 5.0
     cursor: Cursor | None = None
+    groups: tuple[Group, ...] = ()  # the data sets' lanes; none: there is one
 
 
 # ── commands ────────────────────────────────────────────────────────────────────────────────

@@ -36,7 +36,7 @@ from pipeline import (
     trackers,
 )
 from pipeline.config import Config, Stream, to_plain
-from pipeline.errors import ExitCode, WorkerCrashError, disk_error
+from pipeline.errors import ConfigError, ExitCode, WorkerCrashError, disk_error
 from pipeline.generation import ConsumerDiedError, Generation, Hooks, Setup, evict_files
 from pipeline.log import RunLog
 from pipeline.messages import (
@@ -194,14 +194,23 @@ class _Run:
         tokenizer = self.config.data.tokenizer
         vocabulary = encoding.vocabulary(tokenizer.name, tokenizer.vocab_size)  # its errors first
         self.eot, self.token_bytes = vocabulary.eot, vocabulary.dtype.itemsize
-        self.shards, listed = self._catalog(self.source_options)
-        self.groups = mixture.groups(self.config, self.shards)
+        if self.stream.mix and job.kind == "tokenize":
+            raise ConfigError(
+                "data.stream.mix: only training mixes data sets",
+                "tokenize each of them by itself, with --shards and an --out of its own",
+            )
+        self.shards, self.set_sizes, listed = self._catalog(self.source_options)
+        self.groups = mixture.groups(self.config, self.set_sizes)
         self.lanes = sum(group.lanes for group in self.groups)
         if not job.held_out:
             names = [shard.name for shard in self.shards]
             held_out.check_apart(self.config, names, self.source_options)
         self.identity = identity.identity(
-            self.config, self.shards, self.lanes, held_out=job.held_out
+            self.config,
+            self.shards,
+            self.lanes,
+            mix=mixture.described(self.groups),
+            held_out=job.held_out,
         )
         cost = costs.of(
             self.shards[0].name,
@@ -222,8 +231,11 @@ class _Run:
             self.reporter.trackers = trackers.make(self.config, self.run_dir, plain)
         self.reporter.event("info", "workers_chosen", **msgspec.structs.asdict(self.sizes))
 
-    def _catalog(self, options: dict[str, Any]) -> tuple[tuple[catalog.Shard, ...], dict[str, Any]]:
-        """The shards, kept beside the run for its next start, and what to say of them."""
+    def _catalog(
+        self, options: dict[str, Any]
+    ) -> tuple[tuple[catalog.Shard, ...], tuple[int, ...], dict[str, Any]]:
+        """The shards, kept beside the run for its next start, how many each data set has, and
+        what to say of them."""
         begin, said = time.monotonic(), time.monotonic()
 
         def progress(done: int, total: int) -> None:
@@ -236,7 +248,8 @@ class _Run:
         given = None if path is None else manifest.read(Path(path))
         folder = self.run_dir.parents[1] if self.job.held_out else self.run_dir
         kept = catalog.read_kept(folder)
-        shards = catalog.build(self.stream.shards, options, catalog.Known(given, kept), progress)
+        known = catalog.Known(given, kept)
+        shards, set_sizes = mixture.read(self.stream, options, known, progress)
         listed_s = time.monotonic() - begin
         kept_bytes, peak_bytes = catalog.size_bytes(folder, shards)
         self.fixed_bytes += peak_bytes
@@ -249,13 +262,18 @@ class _Run:
             lanes=min(self.stream.lanes, len(shards)),
         )
         catalog.keep(folder, shards)
-        return shards, {
-            "shards": len(shards),
-            "size_bytes": sum(shard.size_bytes or 0 for shard in shards),
-            "listed_s": round(listed_s, 3),
-            "known_from_before": kept is not None and all(s.name in kept.entries for s in shards),
-            "kept_bytes": kept_bytes,
-        }
+        return (
+            shards,
+            set_sizes,
+            {
+                "shards": len(shards),
+                "size_bytes": sum(shard.size_bytes or 0 for shard in shards),
+                "listed_s": round(listed_s, 3),
+                "known_from_before": kept is not None
+                and all(s.name in kept.entries for s in shards),
+                "kept_bytes": kept_bytes,
+            },
+        )
 
     # ── the whole run ───────────────────────────────────────────────────────────────────────
 
@@ -366,7 +384,8 @@ class _Run:
                 for shard in self.shards
                 for streamed in [self.zero_disk and catalog.local_path(shard.url) is None]
             ),
-            lanes=mixture.plan(self.config, self.shards, self.groups),
+            lanes=mixture.plan(self.config, self.shards, self.set_sizes, self.groups),
+            groups=self.groups,
             ring=ring_layout,
             seq_len=self.config.data.preprocessing.max_context_size,
             text_slots=text_slots,
@@ -403,6 +422,7 @@ class _Run:
                 str(self.run_dir),
                 checkpoint,
                 self._validation_file(),
+                self.groups,
             )
         else:
             consumer = WriterSetup(
@@ -440,10 +460,11 @@ class _Run:
     def _shown(self) -> Config:
         """The configuration as it may be stored in checkpoints: without the shards' secrets."""
         data = self.config.data
-        stream, validation = (
+        stream, validation, *parts = (
             msgspec.structs.replace(one, shards=[redact(pattern) for pattern in one.shards])
-            for one in (data.stream, data.validation)
+            for one in (data.stream, data.validation, *data.stream.mix.values())
         )
+        stream = msgspec.structs.replace(stream, mix=dict(zip(data.stream.mix, parts, strict=True)))
         data = msgspec.structs.replace(data, stream=stream, validation=validation)
         return msgspec.structs.replace(self.config, data=data)
 

@@ -76,6 +76,42 @@ class Turns:
                 behind, least = group, count
         return behind
 
+    def reached(self, lane: int, window: int, most: Sequence[int | None]) -> list[int]:
+        """Windows read of every lane when the reader comes to a window of one of them.
+
+        Args:
+            lane: Its lane.
+            window: Its number there.
+            most: Whole windows of every lane that has ended; None: of the others.
+        """
+        own = next(group for group in self.groups if lane in group.members)
+        count = sum(_least(window + (other < lane), most[other]) for other in own.members)
+        found: list[int] = []
+        for group in self.groups:
+            if group is own:
+                found += [_least(window + (other < lane), most[other]) for other in own.members]
+                continue
+            # its windows k with (2k + 1) / group.weight below (2 count + 1) / own.weight; a tie
+            # goes to the first
+            limit = (2 * count + 1) * group.weight + (group.first < own.first)
+            read = max(0, -(-(limit - own.weight) // (2 * own.weight)))
+            found += self._dealt(group, read, most)
+        return found
+
+    def _dealt(self, group: Group, count: int, most: Sequence[int | None]) -> list[int]:
+        """So many windows of a group, by lane."""
+        low, high = 0, count + 1  # whole rounds
+        while high - low > 1:
+            middle = (low + high) // 2
+            whole = sum(_least(middle, most[lane]) for lane in group.members)
+            low, high = (middle, high) if whole <= count else (low, middle)
+        dealt = [_least(low, most[lane]) for lane in group.members]
+        left = count - sum(dealt)
+        for number, lane in enumerate(group.members):
+            if left and _least(low + 1, most[lane]) > low:
+                dealt[number], left = low + 1, left - 1
+        return dealt
+
     def windows(self, group: Group, positions: Sequence[int]) -> int:
         """Windows that have been read of a group."""
         return sum(positions[lane] for lane in group.members) // self._T
@@ -85,6 +121,10 @@ class Turns:
         counts = {group.name: self.windows(group, positions) for group in self.groups}
         total = sum(counts.values())
         return {name: count / total for name, count in counts.items()} if total else {}
+
+
+def _least(count: int, most: int | None) -> int:
+    return count if most is None else min(count, most)
 
 
 def one_group(lanes: int) -> tuple[Group, ...]:

@@ -45,7 +45,7 @@ from pipeline.messages import Cursor, LaneCursor, Skip
 from pipeline.provenance import Part, Reading, Wanted
 from pipeline.shard_files import ShardFiles
 from pipeline.supervisor import source_options
-from pipeline.turns import Turns
+from pipeline.turns import Group, Turns
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -112,17 +112,24 @@ def find(request: Request, tell: Callable[[str], None] = lambda text: None) -> A
     options = source_options(stream)
     given = None if stream.manifest is None else manifest.read(Path(stream.manifest))
     known = catalog.Known(given, catalog.read_kept(request.run_dir))
-    shards = catalog.build(request.shards or stream.shards, options, known)
-    past.refuse_other(shards)
+    if request.shards:
+        if stream.mix:
+            raise ConfigError("--shards cannot name the shards of a mix", "leave it out")
+        stream = msgspec.structs.replace(stream, shards=list(request.shards))
+    shards, counts = mixture.read(stream, options, known)
+    groups = mixture.groups(past.config, counts)
+    past.refuse_other(shards, groups)
     cache_dir = request.cache_dir or stream.cache_dir or str(request.run_dir / "cache")
     budget = int((request.max_disk_gb or stream.max_disk_gb) * 1e9)
     if request.cache_dir is None:
         budget -= _bytes_beside(request.run_dir, Path(cache_dir))
+    lanes = mixture.plan(past.config, shards, counts, groups)
+    T = past.config.data.preprocessing.max_context_size
     with ExitStack() as stack:
         lock = stack.enter_context(cache.own(Path(cache_dir)))
         files = ShardFiles(Path(cache_dir), lock, budget, options)
         workers = stack.enter_context(pool.processes(request.processes))
-        rows, tokens = _Search(past, shards, files, workers, tell).batch()
+        rows, tokens = _Search(past, shards, lanes, Turns(groups, T), files, workers, tell).batch()
     return _answer(request, past, rows, tokens, files.fetched)
 
 
@@ -170,11 +177,12 @@ class _Past(NamedTuple):
             batch_hash=records[step]["batch_hash"] if step in records else None,
         )
 
-    def refuse_other(self, shards: Sequence[Shard]) -> None:
+    def refuse_other(self, shards: Sequence[Shard], groups: tuple[Group, ...]) -> None:
         """Refuse shards that are not the run's. Raises: CursorMismatchError."""
         if self.cursor is not None:
-            lanes = sum(group.lanes for group in mixture.groups(self.config, shards))
-            entries = identity.identity(self.config, shards, lanes)
+            lanes = sum(group.lanes for group in groups)
+            mix = mixture.described(groups)
+            entries = identity.identity(self.config, shards, lanes, mix=mix)
             identity.refuse_other(self.cursor, entries, "the run")
 
 
@@ -231,6 +239,8 @@ class _Search:
         self,
         past: _Past,
         shards: Sequence[Shard],
+        lanes: mixture.Lanes,
+        turns: Turns,
         files: ShardFiles,
         workers: ProcessPoolExecutor,
         tell: Callable[[str], None],
@@ -239,9 +249,8 @@ class _Search:
         self._tell = tell
         data = past.config.data
         self._T = data.preprocessing.max_context_size
-        groups = mixture.groups(past.config, shards)
-        self._turns = Turns(groups, self._T)
-        self._plan, self._dealing = mixture.plan(past.config, shards, groups), threading.Lock()
+        self._turns = turns
+        self._plan, self._dealing = lanes, threading.Lock()
         zero = (LaneCursor(0, 0, 0, 0),) * self._plan.lanes
         self._begin = past.begin.cursor.lanes if past.begin else zero
         self._reading = Reading(

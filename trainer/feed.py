@@ -50,7 +50,7 @@ class Feed:
         tokens: The ring, mapped read-only.
         positions: Where every lane stands, multiples of seq_len.
         seq_len: T.
-        groups: The data sets that the lanes hold; None: they all hold one.
+        groups: The data sets that the lanes hold; none: they all hold one.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Feed:
         tokens: ring.Ring,
         positions: tuple[int, ...],
         seq_len: int,
-        groups: tuple[Group, ...] | None = None,
+        groups: tuple[Group, ...] = (),
     ) -> None:
         self._channel, self._ring, self._T = channel, tokens, seq_len
         self.turns = Turns(groups or one_group(len(positions)), seq_len)
@@ -126,6 +126,11 @@ class Feed:
         digest = self._digest.hexdigest()
         self._digest.reset()
         return digest
+
+    def mix(self) -> dict[str, float]:
+        """The part of all windows that each data set has had since the run's beginning; empty
+        where there is but one."""
+        return self.turns.shares(self.positions) if len(self.turns.groups) > 1 else {}
 
     def unused_tokens(self) -> int:
         """Tokens at the ends of the lanes that make no whole window."""

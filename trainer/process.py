@@ -88,7 +88,8 @@ class _Training:
             checkpoint.restore(self.loop, Path(setup.checkpoint))
         memory = segment.attach(descriptors.ring, ring.size_bytes(setup.ring), writable=False)
         T = self.config.data.preprocessing.max_context_size
-        self.feed = Feed(channel, ring.Ring(memory, setup.ring), setup.positions, T)
+        tokens = ring.Ring(memory, setup.ring)
+        self.feed = Feed(channel, tokens, setup.positions, T, setup.groups)
         self.validation = self._validation(setup, T)
         self.scored = (-1, 0.0)  # step of the newest validation, and its loss
         self.last: dict[str, Any] = {}  # metrics of the newest update
@@ -251,7 +252,8 @@ class _Training:
     def _batch_facts(self) -> dict[str, Any]:
         wait_s, self.feed.wait_s = self.feed.wait_s, 0.0
         positions = self.committed, list(self.feed.positions)
-        return {"batch_hash": self.feed.batch_hash(), "wait_s": wait_s, "positions": positions}
+        facts = {"batch_hash": self.feed.batch_hash(), "wait_s": wait_s, "positions": positions}
+        return facts | {f"mix_{name}": share for name, share in self.feed.mix().items()}
 
     def _report(self, metrics: list[dict[str, Any]], look: dict[str, Any] | None = None) -> None:
         """Send metrics of finished updates; what a look says belongs to the newest."""
@@ -306,6 +308,8 @@ class _Training:
             "stream_ended": ended,
             "unused_tokens": self.feed.unused_tokens() if ended else 0,
         }
+        if mix := self.feed.mix():
+            summary["mix"] = mix
         for key in ("val_loss", "val_ppl", "val_bpb"):
             if key in self.last:
                 summary[key] = self.last[key]
