@@ -1,21 +1,20 @@
 """The configuration: one tree of frozen structs, read from YAML, checked once at start.
 
-Runs in: supervisor (load), trainer (reads it back from plain data). The sections and keys are
-those that mlx-pretrain users know; `data.stream` is ours. All sizes are in the unit that the
-name ends with; GB are 10⁹ bytes.
+Runs in: supervisor (read by pipeline/settings.py), trainer (from plain data). The sections and
+keys are those that mlx-pretrain users know; `data.stream` is ours. All sizes are in the unit that
+the name ends with; GB are 10⁹ bytes.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 
 from pipeline.errors import ConfigError
+from pipeline.redaction import redact
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -77,10 +76,14 @@ class Stream(Section):
     writer_save_s: float = 10.0  # tokenize: what was written is made durable this often
     disk_wait_s: float = 600.0  # a checkpoint that meets a full disk is tried again this long
 
+    def patterns(self) -> list[str]:
+        """Of all shards that are trained on."""
+        return self.shards + [pattern for one in self.mix.values() for pattern in one.shards]
 
-def patterns(stream: Stream) -> list[str]:
-    """Of all shards that are trained on."""
-    return stream.shards + [pattern for one in stream.mix.values() for pattern in one.shards]
+    def source_options(self) -> dict[str, Any]:
+        """What pipeline.sources and pipeline.catalog want to know."""
+        names = ("max_retries", "timeout_s", "min_bytes_per_s")
+        return {name: getattr(self, name) for name in names}
 
 
 class Validation(Section):
@@ -217,6 +220,8 @@ class Logging(Section):
     wandb: str | None = None  # also a run in this project of Weights & Biases
     sample_prompt: str | None = None  # text to continue at the end of the run; null: none
     sample_tokens: int = 48
+    http_port: int | None = None  # serve the run's status on this port; 0: a free one; null: no
+    http_host: str = "127.0.0.1"  # to this machine alone; 0.0.0.0: to whoever can reach it
 
 
 class System(Section):
@@ -242,43 +247,7 @@ class Config(Section):
     system: System = System()
 
 
-# ── reading ─────────────────────────────────────────────────────────────────────────────────
-
-
-def load(
-    path: str | None, overrides: dict[str, Any], defaults: dict[str, Any] | None = None
-) -> Config:
-    """Read, override and check a configuration.
-
-    Args:
-        path: YAML file, or the name of a configuration that comes with the program (demo);
-            None: defaults only.
-        overrides: Dotted keys and the values that options give them.
-        defaults: A command's own defaults, dotted: they count where the file is silent.
-
-    Raises:
-        ConfigError: names the key's path, and the nearest valid name of an unknown one.
-    """
-    plain: dict[str, Any] = {}
-    if path is not None:
-        plain = _read(_find(path))
-    for key, value in (defaults or {}).items():
-        _section_of(plain, key).setdefault(key.rpartition(".")[2], value)
-    for key, value in overrides.items():
-        _section_of(plain, key)[key.rpartition(".")[2]] = value
-    config = from_plain(plain)
-    validate(config)
-    return config
-
-
-def _section_of(plain: dict[str, Any], key: str) -> dict[str, Any]:
-    """The section that a dotted key belongs to, made if it is not there. Raises: ConfigError."""
-    at, path = plain, key.split(".")[:-1]
-    for depth, section in enumerate(path, 1):
-        at = at.setdefault(section, {})
-        if not isinstance(at, dict):
-            raise ConfigError(f"{'.'.join(path[:depth])}: {at!r} is no section", "correct it")
-    return at
+# ── plain data ─────────────────────────────────────────────────────────────────────────────────
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
@@ -297,24 +266,16 @@ def to_plain(config: Config) -> dict[str, Any]:
     return plain
 
 
-def _find(path: str) -> Path:
-    found = Path(path)
-    shipped = Path(__file__).parent.parent / "configs"
-    for candidate in (found, shipped / path, shipped / f"{path}.yaml", shipped / found.name):
-        if candidate.is_file():
-            return candidate
-    names = sorted(one.stem for one in shipped.glob("*.yaml"))
-    raise ConfigError(f"there is no configuration {path}", f"give a file, or one of {names}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates, UTF-8
-        raise ConfigError(f"{path} is no YAML: {error}", "correct the line") from None
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{path} holds no configuration", "begin with `name: …`")
-    return plain
+def without_secrets(config: Config) -> Config:
+    """The configuration as it may be shown and stored: without the secrets of shards' URLs."""
+    data = config.data
+    stream, validation, *parts = (
+        msgspec.structs.replace(one, shards=[redact(pattern) for pattern in one.shards])
+        for one in (data.stream, data.validation, *data.stream.mix.values())
+    )
+    stream = msgspec.structs.replace(stream, mix=dict(zip(data.stream.mix, parts, strict=True)))
+    data = msgspec.structs.replace(data, stream=stream, validation=validation)
+    return msgspec.structs.replace(config, data=data)
 
 
 def _refuse_unknown(plain: Any, section: type[msgspec.Struct], path: str) -> None:
@@ -416,6 +377,7 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         (stream.disk_wait_s >= 0, "data.stream.disk_wait_s", "it cannot be negative"),
         (stream.block_bytes >= 4096, "data.stream.block_bytes", "a block holds 4096 bytes or more"),
         (log.max_log_mb >= 0.1, "logging.max_log_mb", "logs need 0.1 MB"),
+        (0 <= (log.http_port or 0) < 65536, "logging.http_port", "it is no port: 0 to 65535"),
         (hyper.gradient_clip >= 0, "training.hyperparameters.gradient_clip", "it is negative"),
         (0 <= schedule.min_lr_ratio <= 1, "training.scheduler.min_lr_ratio", "it is not in [0, 1]"),
         (schedule.warmup_steps >= 0, "training.scheduler.warmup_steps", "it is negative"),

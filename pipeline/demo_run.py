@@ -11,19 +11,29 @@ from pathlib import Path
 import click
 import msgspec
 
-from pipeline import checkpoints, demo, supervisor
+from pipeline import checkpoints, cli_stream, demo
+from pipeline.cli_options import Given
 from pipeline.config import Config
 from pipeline.errors import ExitCode
 from pipeline.supervisor import Job, Outcome
-from pipeline.view import make_view
 
 
-def run(config: Config, *, fresh: bool, plain: bool, as_json: bool) -> None:
-    """Make and serve the corpus, stream it, train on it, and say what happened."""
+def run(config: Config, given: Given, *, dry: bool) -> None:
+    """Make and serve the corpus, stream it, train on it, and say what happened.
+
+    Args:
+        config: The demonstration's.
+        given: The command's options.
+        dry: Say what would be done, and do nothing.
+    """
     runs_dir = Path(config.logging.runs_dir)
     run_dir = runs_dir / config.name
     corpus_dir = runs_dir / f"{config.name}-corpus"
-    fresh = fresh or _finished(run_dir, config)
+    fresh = given.own["fresh"].value or _finished(run_dir, config)
+    if dry:
+        click.echo(_before())
+        click.echo(f"Nothing was done. It would write {corpus_dir}/ and {run_dir}/.")
+        return
     click.echo(_before(), err=True)
     facts = demo.make_corpus(corpus_dir)
     click.echo(_corpus(facts, config), err=True)
@@ -39,12 +49,8 @@ def run(config: Config, *, fresh: bool, plain: bool, as_json: bool) -> None:
             stream.cache_dir or str(run_dir / "cache"),
             fresh=fresh or not same,
         )
-        view = make_view(live=False if plain else None)
-        try:
-            outcome = supervisor.run(job, view)
-        finally:
-            view.close()
-    if as_json:
+        outcome = cli_stream.run(job, given)
+    if given.own["json"].value:
         click.echo(msgspec.json.encode(outcome.summary).decode())
     else:
         click.echo(_after(outcome, facts, run_dir, config))
@@ -92,6 +98,7 @@ def _after(outcome: Outcome, facts: dict[str, int], run_dir: Path, config: Confi
         f"deleted again; the disk never held more than {summary['peak_disk_bytes'] / 1e6:.2f} MB "
         f"of the {config.data.stream.max_disk_gb * 1e3:.1f} MB allowed.",
     ]
+    lines.append(f"What limited it: {summary['verdict']}.")
     if "sample" in summary:
         lines.append(f"The model goes on: {summary['sample']!r}")
     if not outcome.complete:

@@ -25,6 +25,21 @@ class ExitCode(enum.IntEnum):
     SOURCE = 5  # a shard cannot be fetched: network, permission, not found
     CRASHED = 6  # a worker or the trainer died too often
     RESUME = 75  # stopped as asked, or cut off: the same command goes on where it ended
+    INTERRUPTED = 130  # Ctrl-C ended a command that is no run: nothing is left to resume
+
+
+# As --help tells it: the number, and what it means to a user.
+MEANINGS = {
+    ExitCode.OK: "done",
+    ExitCode.BUG: "a bug",
+    ExitCode.USAGE: "wrong option or configuration",
+    ExitCode.DATA: "bad shard or records",
+    ExitCode.DISK: "disk or budget",
+    ExitCode.SOURCE: "source",
+    ExitCode.CRASHED: "crashed too often",
+    ExitCode.RESUME: "stopped: the same command resumes",
+    ExitCode.INTERRUPTED: "interrupted",
+}
 
 
 class FinewebError(Exception):

@@ -20,7 +20,7 @@ import msgspec
 import xxhash
 
 from pipeline import catalog, checkpoints
-from pipeline.config import Config, patterns
+from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.workers import writer
 
@@ -65,7 +65,7 @@ def job_for(job: Job) -> Job:
             config.data,
             stream=msgspec.structs.replace(
                 stream,
-                shards=validation.shards or patterns(stream),
+                shards=validation.shards or stream.patterns(),
                 mix={},
                 manifest=None if validation.shards else stream.manifest,
                 lanes=1,
@@ -97,7 +97,7 @@ def _key(config: Config) -> str:
         data.stream.text_field,
         data.stream.block_bytes,
     )
-    trained_on = [] if data.validation.shards else patterns(data.stream)
+    trained_on = [] if data.validation.shards else data.stream.patterns()
     return xxhash.xxh3_64_hexdigest(msgspec.json.encode((of, trained_on)))
 
 

@@ -17,13 +17,13 @@ import msgspec
 
 from pipeline.charts import Line, chart
 from pipeline.errors import ConfigError
-from pipeline.view import clock, human
+from pipeline.screen import clock, human
 
 Record = dict[str, Any]
 _STAGES = ("fetch", "decompress", "tokenize")
 _STRETCHES = 30  # the moving mean over the loss looks back over this part of the run
 _EVENTS = 40  # warnings that are listed
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --dim: #69707d; --paper: #fff; --line: #e3e6eb;
   --c1: #2563c9; --c2: #d2601a; --c3: #2c8a4b; --c4: #8a4fc4; --c5: #a3a9b5; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e7e9ee; --dim: #9aa1ae; --paper: #15181d;
@@ -96,7 +96,7 @@ def render(run_dir: Path) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{_STYLE}</style><h1>{name}</h1>"
+        f"<style>{STYLE}</style><h1>{name}</h1>"
         f'<p class="sub">steps {records[0]["step"]} to {records[-1]["step"]}, '
         f"{html.escape(records[0]['time'])} to {html.escape(records[-1]['time'])}</p>"
         f"{''.join(sections)}</html>\n"

@@ -18,6 +18,7 @@ _USER = re.compile(r"(\w+://)[^\s/@]*@")
 _SECRET_NAME = re.compile(
     r"SECRET|TOKEN|PASSWORD|CREDENTIAL|_KEY|_SAS|(?<!NO_)PROXY", re.IGNORECASE
 )
+_OURS = "FINEWEB_"  # settings: FINEWEB_DATA_TOKENIZER_NAME is no secret
 _MIN_LENGTH = 6  # a shorter value may be part of any word
 _MASK = "•••"
 _hidden: tuple[str, ...] = ()  # the longest first
@@ -33,7 +34,11 @@ def redact(url: str) -> str:
 def hide(urls: Iterable[str] = ()) -> None:
     """Remember the secrets of these URLs and of the environment, for scrub in this process."""
     global _hidden  # noqa: PLW0603 - one set per process, so that no text can miss it
-    secret = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
+    secret = [
+        value
+        for name, value in os.environ.items()
+        if _SECRET_NAME.search(name) and not name.startswith(_OURS)
+    ]
     values = [value for value in secret if "://" not in value]
     for url in (*urls, *(value for value in secret if "://" in value)):
         values += _secrets(url)

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import checkpoints, watch
+from pipeline import checkpoints, status_file, watch
+from pipeline.cores import Cores
+from pipeline.errors import ExitCode
 from pipeline.log import RunLog
 from pipeline.messages import CheckpointWritten
 from pipeline.power import Power
 from pipeline.redaction import scrub_fields
 from pipeline.state import FileState, State, Worker
-from pipeline.status import DiskStatus, StageStatus, Status, View
+from pipeline.status import Curve, DiskStatus, StageStatus, Status, View, is_shown, note
 from pipeline.trackers import Tracker
+from pipeline.verdict import Witness
 
 if TYPE_CHECKING:
     from pipeline.generation import Generation
@@ -26,12 +30,7 @@ if TYPE_CHECKING:
 
 _MEMORY_EVERY_S = 1.0
 _RATE_WINDOW_S = 5.0
-_VERDICTS = {
-    "fetch": "fetchers limit",
-    "decompress": "decompressors limit",
-    "tokenize": "tokenizers limit",
-}
-
+_NOTES = 4  # newest events that the picture shows
 
 # The first message of each kind marks a point of the way to the first batch.
 _LAST = "first_batch"
@@ -84,10 +83,21 @@ class Reporter:
         self._picture: Status | None = None  # a quarter of a second old at most
         self._power = Power()
         self._watts: float | None = None
+        self._cores = Cores()
+        self._idle_cores: float | None = None
+        self.witness = Witness(job.kind, self._cores.usable)
+        self._losses = Curve()
+        self._first_step: int | None = None  # updates before this run's first one
+        self._notes: deque[str] = deque(maxlen=_NOTES)
+        self.url: str | None = None  # of the live page
+        self._file_at = 0.0
+        self._ended: status_file.Ended | None = None
+        self._me = status_file.this_process()
+        run_dir = Path(job.run_dir)  # held-out tokens are made for the run two folders above
+        self._folder = run_dir.parent.parent if job.held_out else run_dir
         self._checkpoint_bytes = 0
         self._lanes = lanes
         self._rates: dict[str, _Rate] = {}
-        self._busy: dict[str, tuple[float, float]] = {}
         self._memory_at = 0.0
         self._shared_bytes = 0
         self._total_steps = (
@@ -113,6 +123,8 @@ class Reporter:
         """Something has happened: to the log file and to the view, without secrets."""
         fields = scrub_fields(fields)
         self.log.event(level, event, **fields)
+        if is_shown(level, event):
+            self._notes.append(note(event, fields))
         self.view.event(level, event, **fields)
         self.disk()
 
@@ -137,6 +149,10 @@ class Reporter:
         """The consumer's metrics of one update."""
         self.metrics = metrics
         if self.job.kind == "train":
+            self._losses.add(float(metrics["loss"]))
+            if self._first_step is None:
+                self._first_step = int(metrics["step"]) - 1
+            self.witness.update(float(metrics["step_s"]), float(metrics["data_wait_share"]))
             disk = self.disk()
             record = {**metrics, **self._surroundings(disk)}
             self.log.step(record, disk)
@@ -184,8 +200,19 @@ class Reporter:
             self._memory_at = now
             self._measure_memory()
             self._watts = self._power.watts()
+            self._idle_cores = self._cores.idle()
+        if self.generation is not None and self.generation.consuming.facts:
+            self.witness.saw(self.generation.scheduler.limiting())
+        self._show(now)
+
+    def _show(self, now: float) -> None:
+        """To the view, and now and then into the run's folder."""
         self._picture = self.status()
         self.view.update(self._picture)
+        if self._ended is not None or now - self._file_at >= status_file.WRITE_EVERY_S:
+            self._file_at = now
+            seen = status_file.Recorded(self._me, time.time(), self._picture, self._ended)
+            status_file.write(self._folder, seen)
 
     def disk(self) -> DiskStatus:
         """Bytes on disk, reservations of fetches under way counted in full; notes the peak."""
@@ -230,7 +257,11 @@ class Reporter:
             disk=self.disk(),
             bad_records=generation.scheduler.filling.bad_records if generation else 0,
             restarts=self.restarts,
-            limiting=self._verdict(),
+            verdict=self._verdict(),
+            first_step=self._first_step or 0,
+            losses=self._losses.points(),
+            notes=tuple(self._notes),
+            url=None if self._ended else self.url,
         )
 
     def _state(self) -> State | None:
@@ -298,7 +329,7 @@ class Reporter:
         )
 
     def _busy_share(self, state: State, role: str, now: float) -> float:
-        """Share of the time since the last look that the role's workers had work."""
+        """Share of the last seconds that the role's workers had work."""
 
         def busy(worker: Worker) -> float:
             since = worker.busy_since
@@ -306,23 +337,21 @@ class Reporter:
 
         workers = [worker for worker in state.workers.values() if worker.role == role]
         total = sum(busy(worker) for worker in workers)
-        then, before = self._busy.get(role, (self.started, 0.0))
-        self._busy[role] = (now, total)
-        span = (now - then) * len(workers)
-        return min(1.0, max(0.0, (total - before) / span)) if span > 0 else 0.0
+        return min(1.0, self._rates.setdefault(role, _Rate()).add(now, total) / len(workers))
 
     def _verdict(self) -> str:
-        """What limits the run now, in words."""
+        """What limits the run now, in words; of one that has ended, what has limited it."""
+        if self._ended is not None:
+            return self.verdict_of_all()
         if self.generation is None or not self.generation.consuming.facts:
             return "starting"
-        limiting = self.generation.scheduler.limiting()
-        wait = self.metrics.get("data_wait_share")
-        if self.job.kind == "train" and (limiting == "consumer" or (wait or 0.0) < 0.01):
-            waits = f": data waits {100 * wait:.1f} %" if wait is not None else ""
-            return f"the trainer limits{waits}"
-        if limiting == "consumer":
-            return "the disk that is written to limits"
-        return _VERDICTS[limiting]
+        stages = self._picture.stages if self._picture else ()
+        return self.witness.now(stages, self._idle_cores)
+
+    def verdict_of_all(self) -> str:
+        """What has limited the whole run."""
+        stages = self._picture.stages if self._picture else ()
+        return self.witness.whole(stages, self._idle_cores)
 
     def _measure_memory(self) -> None:
         """Memory of all processes: what is each one's alone, and the shared segments once.
@@ -335,7 +364,12 @@ class Reporter:
         total = self._shared_bytes + sum(watch.memory_bytes(pid) for pid in pids)
         self.peak_rss_bytes = max(self.peak_rss_bytes, total)
 
+    def ended(self, code: ExitCode, what: str = "", remedy: str = "") -> None:
+        """The run has ended: so its folder says from now on."""
+        if not self.job.held_out or code is not ExitCode.OK:
+            self._ended = status_file.Ended(int(code), what, remedy)
+
     def close(self) -> None:
-        self.view.update(self.status())
+        self._show(time.monotonic())
         for tracker in self.trackers:
             tracker.close()

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.channel import SupervisorChannel
 
@@ -119,3 +120,20 @@ def start(
     assert process.stderr is not None
     os.set_blocking(process.stderr.fileno(), False)
     return Child(name, role, process, SupervisorChannel(ours), now)
+
+
+def start_status_server(folder: Path, listening: socket.socket) -> subprocess.Popen[bytes]:
+    """Start the process that answers requests about the run in this folder (pipeline/web.py). It
+    has the listening socket, and ends with its standard input, and so with us."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SUPERVISORS_OWN)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipeline.web", str(folder), str(listening.fileno())],
+            pass_fds=[listening.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -5,6 +5,8 @@ Runs in: supervisor. Pure.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -53,7 +55,66 @@ class Status(msgspec.Struct, frozen=True):
     disk: DiskStatus
     bad_records: int
     restarts: int
-    limiting: str  # what limits now, in words
+    verdict: str  # what limits now, in words: pipeline/verdict.py
+    first_step: int = 0  # updates that were done before the start
+    losses: tuple[float, ...] = ()  # of all updates since the start, at most Curve.POINTS means
+    notes: tuple[str, ...] = ()  # the newest events that a person wants to see
+    url: str | None = None  # of the live page, if there is one
+
+
+# Events that a person wants to see; log.txt has all.
+SHOWN = {
+    "workers_chosen", "consumer_ready", "resuming", "shard_evicted", "checkpoint_written",
+    "worker_died", "worker_hangs", "trainer_died", "writer_died", "worker_killed", "bad_record",
+    "shard_skipped", "block_skipped", "disk_full", "stopping", "stream_ended", "worker_stderr",
+    "cached_shard_damaged", "fetch_tried_again", "worker_failed", "listing_shards",
+    "checkpoint_waits_for_disk", "serving_status", "status_server_ended",
+}  # fmt: skip
+_NOTE_LENGTH = 160
+
+
+def is_shown(level: str, event: str) -> bool:
+    """Whether a person wants to see an event."""
+    return event in SHOWN or level == "error"
+
+
+def note(event: str, fields: Mapping[str, Any]) -> str:
+    """An event in one line."""
+    said = "  ".join(f"{key} {value}" for key, value in fields.items())
+    return f"{event.replace('_', ' ')}: {said}"[:_NOTE_LENGTH]
+
+
+class Curve:
+    """A growing line of numbers in bounded memory: the means of stretches of equal length.
+
+    When there are more than POINTS of them, neighbours are put together and the stretches are
+    twice as long; the last one may be shorter.
+    """
+
+    POINTS = 120
+
+    def __init__(self) -> None:
+        self._means: list[float] = []
+        self._per = 1
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        """The next number; one that is not finite is left out."""
+        if not math.isfinite(value):
+            return
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count == self._per:
+            self._means.append(self._sum / self._count)
+            self._sum, self._count = 0.0, 0
+        if len(self._means) > self.POINTS - 1:  # one is kept for the stretch that has begun
+            pairs = zip(self._means[::2], self._means[1::2], strict=True)
+            self._means = [(a + b) / 2 for a, b in pairs]
+            self._per *= 2
+
+    def points(self) -> tuple[float, ...]:
+        """The means so far."""
+        begun = (self._sum / self._count,) if self._count else ()
+        return (*self._means, *begun)
 
 
 class View(Protocol):

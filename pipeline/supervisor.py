@@ -32,11 +32,13 @@ from pipeline import (
     identity,
     manifest,
     mixture,
+    serving,
     sizes,
+    status_file,
     trackers,
 )
-from pipeline.config import Config, Stream, to_plain
-from pipeline.errors import ConfigError, ExitCode, WorkerCrashError, disk_error
+from pipeline.config import Config, to_plain, without_secrets
+from pipeline.errors import ConfigError, ExitCode, FinewebError, WorkerCrashError, disk_error
 from pipeline.generation import ConsumerDiedError, Generation, Hooks, Setup, evict_files
 from pipeline.log import RunLog
 from pipeline.messages import (
@@ -53,8 +55,8 @@ from pipeline.messages import (
     TrainerSetup,
     WriterSetup,
 )
-from pipeline.redaction import redact
 from pipeline.report import Reporter
+from pipeline.serving import Serving
 from pipeline.state import Plan, ShardInfo
 from pipeline.status import View
 from pipeline.workers import writer
@@ -100,9 +102,11 @@ def run(job: Job, view: View) -> Outcome:
         with ExitStack() as stack:
             locks = [stack.enter_context(cache.own(folder)) for folder in folders.values()]
             stops = stack.enter_context(_signals())
+            server = stack.enter_context(serving.of(job))
             if job.fresh:
                 _start_over(job, run_dir)
-            return _hold_out(job, view, stops, locks) or _Run(job, view, stops, locks).run()
+            own = (view, stops, locks, server)
+            return _hold_out(job, *own) or _Run(job, *own).run()
     except OSError as error:
         known = disk_error(error, "the supervisor")
         if known is None:
@@ -110,7 +114,9 @@ def run(job: Job, view: View) -> Outcome:
         raise known from error
 
 
-def _hold_out(job: Job, view: View, stops: _Stops, lock_fds: list[int]) -> Outcome | None:
+def _hold_out(
+    job: Job, view: View, stops: _Stops, lock_fds: list[int], server: Serving
+) -> Outcome | None:
     """Make the validation tokens if they are wanted and not there; an outcome if that was
     stopped."""
     if job.kind != "train" or not held_out.wanted(job.config):
@@ -119,7 +125,7 @@ def _hold_out(job: Job, view: View, stops: _Stops, lock_fds: list[int]) -> Outco
     if held_out.is_ready(inner):
         return None
     Path(inner.run_dir).mkdir(parents=True, exist_ok=True)
-    outcome = _Run(inner, view, stops, lock_fds).run()
+    outcome = _Run(inner, view, stops, lock_fds, server).run()
     return None if outcome.complete else outcome
 
 
@@ -127,7 +133,8 @@ def _start_over(job: Job, run_dir: Path) -> None:
     """Forget an earlier run; the command line has asked."""
     shutil.rmtree(run_dir / checkpoints.FOLDER, ignore_errors=True)
     shutil.rmtree(run_dir / held_out.FOLDER, ignore_errors=True)
-    patterns = ["log.txt*", "metrics.jsonl*", "bad_records.jsonl*", catalog.FILE_NAME]
+    patterns = ["log.txt*", "metrics.jsonl*", "bad_records.jsonl*"]
+    patterns += [catalog.FILE_NAME, status_file.FILE]
     if job.kind == "tokenize":
         patterns += [writer.STATE_FILE, "tokens_*.bin", "tokens_*.bin.partial"]
     for pattern in patterns:
@@ -135,10 +142,12 @@ def _start_over(job: Job, run_dir: Path) -> None:
             path.unlink()
 
 
-def source_options(stream: Stream) -> dict[str, Any]:
-    """What pipeline/sources.py needs of the configuration."""
-    names = ("max_retries", "timeout_s", "min_bytes_per_s")
-    return {name: getattr(stream, name) for name in names}
+def fixed_bytes(job: Job) -> int:
+    """Bytes of the budget that logs, trackers, validation tokens and small files may take."""
+    size = int(job.config.logging.max_log_mb * 1e6) + _SMALL_FILES_BYTES
+    if job.kind == "train":
+        size += held_out.disk_bytes(job.config) + trackers.disk_bytes(job.config)
+    return size
 
 
 class _Stops:
@@ -176,21 +185,21 @@ def _signals() -> Iterator[_Stops]:
 class _Run:
     """One run: what stays the same over its generations."""
 
-    def __init__(self, job: Job, view: View, stops: _Stops, lock_fds: list[int]) -> None:
+    def __init__(
+        self, job: Job, view: View, stops: _Stops, lock_fds: list[int], server: Serving
+    ) -> None:
         self.job, self.config, self.view, self.stops = job, job.config, view, stops
-        self.lock_fds = lock_fds
+        self.lock_fds, self.server = lock_fds, server
         self.stream = job.config.data.stream
         self.run_dir, self.cache_dir = Path(job.run_dir), Path(job.cache_dir)
         self.started = time.monotonic()
         log_bytes = int(self.config.logging.max_log_mb * 1e6)
         self.log = RunLog(self.run_dir, log_bytes)
-        self.fixed_bytes = log_bytes + _SMALL_FILES_BYTES
-        if job.kind == "train":
-            self.fixed_bytes += held_out.disk_bytes(self.config) + trackers.disk_bytes(self.config)
+        self.fixed_bytes = fixed_bytes(job)
         # 0: no shard comes onto the disk; logs and checkpoints have limits of their own
         self.zero_disk = self.stream.max_disk_gb == 0
         self.budget_bytes = _NO_LIMIT if self.zero_disk else int(self.stream.max_disk_gb * 1e9)
-        self.source_options = source_options(self.stream)
+        self.source_options = self.stream.source_options()
         tokenizer = self.config.data.tokenizer
         vocabulary = encoding.vocabulary(tokenizer.name, tokenizer.vocab_size)  # its errors first
         self.eot, self.token_bytes = vocabulary.eot, vocabulary.dtype.itemsize
@@ -225,10 +234,13 @@ class _Run:
             why = "with --max-disk 0 a shard is used before all of it is there"
             self.reporter.event("warning", "sha256_not_checked", why=why)
         if job.kind == "train":
-            plain = to_plain(self._shown())
+            plain = to_plain(without_secrets(self.config))
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
             self.reporter.other_bytes += held_out.size_bytes(self.run_dir)
             self.reporter.trackers = trackers.make(self.config, self.run_dir, plain)
+        if server.url is not None:
+            self.reporter.url = server.url
+            self.reporter.event("info", "serving_status", url=server.url)
         self.reporter.event("info", "workers_chosen", **msgspec.structs.asdict(self.sizes))
 
     def _catalog(
@@ -279,8 +291,15 @@ class _Run:
 
     def run(self) -> Outcome:
         try:
-            done = self._generations()
-            return self._outcome(done)
+            outcome = self._outcome(self._generations())
+            if self.job.kind == "tokenize":  # the writer's last word came before its last tokens
+                said = outcome.summary
+                self.reporter.step({"total_tokens": said["tokens"], "documents": said["documents"]})
+            self.reporter.ended(ExitCode(outcome.exit_code))
+            return outcome
+        except FinewebError as error:
+            self.reporter.ended(error.exit_code, error.what, error.remedy)
+            raise
         finally:
             self.reporter.close()
             self.log.close()
@@ -418,7 +437,7 @@ class _Run:
             consumer = TrainerSetup(
                 ring_layout,
                 positions,
-                to_plain(self._shown()),
+                to_plain(without_secrets(self.config)),
                 str(self.run_dir),
                 checkpoint,
                 self._validation_file(),
@@ -457,17 +476,6 @@ class _Run:
             base=cursor,
         )
 
-    def _shown(self) -> Config:
-        """The configuration as it may be stored in checkpoints: without the shards' secrets."""
-        data = self.config.data
-        stream, validation, *parts = (
-            msgspec.structs.replace(one, shards=[redact(pattern) for pattern in one.shards])
-            for one in (data.stream, data.validation, *data.stream.mix.values())
-        )
-        stream = msgspec.structs.replace(stream, mix=dict(zip(data.stream.mix, parts, strict=True)))
-        data = msgspec.structs.replace(data, stream=stream, validation=validation)
-        return msgspec.structs.replace(self.config, data=data)
-
     def _validation_file(self) -> str | None:
         if not held_out.wanted(self.config):
             return None
@@ -492,6 +500,8 @@ class _Run:
                 pass
         except BlockingIOError:
             pass
+        self.server.check(self.reporter.event)
+        self.reporter.url = self.server.url
         self.reporter.tick()
 
     def _checkpoint_written(self, message: CheckpointWritten) -> None:
@@ -541,6 +551,8 @@ class _Run:
             "cpu_s": round(sum(one.ru_utime + one.ru_stime for one in usage), 3),
             "cpu_s_by_stage": {"supervisor": round(own, 3), **self.reporter.cpu_s_by_role()},
             "startup_s": self.reporter.startup_s,
+            "verdict": self.reporter.verdict_of_all(),
+            "data_wait_share": self.reporter.witness.wait_share,
             "peak_disk_bytes": self.reporter.peak_disk_bytes,
             "peak_rss_bytes": self.reporter.peak_rss_bytes,
         }

@@ -44,7 +44,6 @@ from pipeline.errors import ConfigError, ShardError
 from pipeline.messages import Cursor, LaneCursor, Skip
 from pipeline.provenance import Part, Reading, Wanted
 from pipeline.shard_files import ShardFiles
-from pipeline.supervisor import source_options
 from pipeline.turns import Group, Turns
 
 
@@ -109,7 +108,7 @@ def find(request: Request, tell: Callable[[str], None] = lambda text: None) -> A
     """
     past = _Past.of(request)
     stream = past.config.data.stream
-    options = source_options(stream)
+    options = stream.source_options()
     given = None if stream.manifest is None else manifest.read(Path(stream.manifest))
     known = catalog.Known(given, catalog.read_kept(request.run_dir))
     if request.shards:

@@ -24,7 +24,7 @@ import urllib3
 import yaml
 
 from pipeline import cache as cache_folder
-from pipeline import checkpoints, config, filters, http_source
+from pipeline import checkpoints, config, filters, http_source, settings
 from pipeline.channel import Frames, frame
 from pipeline.checkpoints import CheckpointState
 from pipeline.errors import ConfigError, ShardError, SourceError
@@ -172,7 +172,7 @@ def _configuration(data: bytes, folder: Path) -> None:
     path = folder / "config.yaml"
     path.write_bytes(data)
     with suppress(ConfigError):
-        config.to_plain(config.load(str(path), {"name": "x"}))
+        config.to_plain(settings.load(str(path), {"name": "x"}))
 
 
 def _configurations() -> list[bytes]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import config
+from pipeline import settings
 from pipeline.errors import ConfigError
 from tests.harness import ROOT, english, write_shards
 
@@ -81,21 +81,14 @@ def test_a_mistake_in_the_configuration_is_named_with_its_place(
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        config.load(str(path), {"data.stream.shards": ["x"]})
+        settings.load(str(path), {"data.stream.shards": ["x"]})
     assert what in caught.value.what
     assert remedy in caught.value.remedy
 
 
-def test_options_go_over_the_file_and_the_file_over_a_commands_defaults(tiny: Path) -> None:
-    defaults = {"data.stream.lanes": 1, "data.stream.epochs": 1}
-    loaded = config.load(str(tiny), {"data.stream.prefetch": 7}, defaults)
-    stream = loaded.data.stream
-    assert (stream.lanes, stream.epochs, stream.prefetch) == (2, 1, 7)
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
-    assert config.load(str(path), {}).name
+    assert settings.load(str(path), {}).name
 
 
 # ── commands ────────────────────────────────────────────────────────────────────────────────

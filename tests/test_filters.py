@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config, filters, identity
+from pipeline import filters, identity
 from pipeline.blocks import Filtered, Texts
 from pipeline.codecs import open_documents
 from pipeline.config import Config, Filter
 from pipeline.errors import ConfigError, ShardError
 from pipeline.messages import BadRecord
+from pipeline.settings import load
 from tests.harness import finish, job, run, start
 
 # ── one meaning ─────────────────────────────────────────────────────────────────────────────
@@ -243,7 +244,7 @@ def test_what_is_no_condition_is_refused(condition: str) -> None:
 
 def test_lengths_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.filter\.max_chars"):
-        config.load(None, {"name": "x", "data.filter.min_chars": 9, "data.filter.max_chars": 3})
+        load(None, {"name": "x", "data.filter.min_chars": 9, "data.filter.max_chars": 3})
 
 
 # ── whole runs ──────────────────────────────────────────────────────────────────────────────

@@ -10,10 +10,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pipeline import config, identity, mixture
+from pipeline import config, dry_run, identity, mixture, settings
 from pipeline.errors import ConfigError
 from pipeline.turns import Group, Turns
 from pipeline.where import Request, find
@@ -32,7 +33,7 @@ def groups(draw: Any) -> tuple[Group, ...]:
 
 
 @given(groups(), st.data())
-@settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=150, deadline=None)
 def test_shares_are_exact_and_any_position_says_how_far_the_others_are(
     some: tuple[Group, ...], data: st.DataObject
 ) -> None:
@@ -103,6 +104,20 @@ def test_mixes_that_cannot_be(mix: Any, stream: Any, what: str) -> None:
         config.validate(_config(mix, **stream))
 
 
+def test_a_mix_is_shown_as_a_file_that_says_the_same(tmp_path: Path) -> None:
+    text = '{"web": {"shards": ["x?sig=secret"], "weight": 2}, "on": {"shards": ["y"]}}'
+    shown = settings.as_yaml(
+        settings.resolve(None, {}, {"name": "x"}, {"FINEWEB_DATA_STREAM_MIX": text}), "start", {}
+    )
+    assert "# environment FINEWEB_DATA_STREAM_MIX" in shown
+    assert "secret" not in shown
+    (tmp_path / "again.yaml").write_text(shown)
+    again = settings.load(str(tmp_path / "again.yaml"), {}).data.stream.mix
+    assert {name: (one.shards, one.weight) for name, one in again.items()} == {
+        "web": (["x"], 2.0), "on": (["y"], 1.0)
+    }  # fmt: skip
+
+
 def test_a_run_of_a_mix(tmp_path: Path) -> None:
     """Shares in metrics and summary; the same batches for other workers and after a stop; and
     `where` finds them."""
@@ -122,6 +137,8 @@ def test_a_run_of_a_mix(tmp_path: Path) -> None:
     assert answer.verified
     of_web = [all("/web/" in part.shard for part in row.documents) for row in answer.rows]
     assert 5 <= sum(of_web) <= 6
+    facts = dry_run.look(one)
+    assert (facts.shards, facts.resume_tokens) == (6, summary["tokens"])
     two = training(tmp_path / "two", [], mix=mix, workers=1)
     process = start(tmp_path / "two", two)
     for _ in wait_for_event(process, "step_done"):

@@ -33,7 +33,6 @@ from pipeline.making import targets
 from pipeline.manifest import Entry
 from pipeline.messages import BadRecord
 from pipeline.shard_files import ShardFiles
-from pipeline.supervisor import source_options
 
 STATE = ".making"  # journals, and inputs that had to be fetched
 _GROUP_SHARDS = 4  # shards' worth of input that a group gathers
@@ -97,7 +96,7 @@ def groups(shards: Sequence[Shard], shard_bytes: int) -> list[_Group]:
 
 def inputs(order: Order) -> tuple[Shard, ...]:
     """The shards to read. Raises: ConfigError, SourceError."""
-    return catalog.build(order.patterns, source_options(Stream()))
+    return catalog.build(order.patterns, Stream().source_options())
 
 
 def make(
@@ -128,7 +127,7 @@ def make(
     with ExitStack() as stack:
         lock = stack.enter_context(cache.own(state))
         _refuse_other(state, order, shards)
-        files = ShardFiles(state, lock, _UNBOUNDED, source_options(Stream()))
+        files = ShardFiles(state, lock, _UNBOUNDED, Stream().source_options())
         workers = stack.enter_context(pool.processes(processes))
         done: dict[int, Done] = {}
         with ThreadPoolExecutor(processes) as threads:
