@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import config as configuration
+from pipeline import settings
 from pipeline.messages import Cursor, LaneCursor
 from trainer import blas
 
@@ -46,7 +46,7 @@ def main() -> None:
         "training.optimization.optimizer": "adamw",
         "training.hyperparameters.learning_rate": 1e-3,
     }
-    loop = Loop(configuration.load("demo", overrides), args.vocab, dtype)
+    loop = Loop(settings.load("demo", overrides), args.vocab, dtype)
     rng = np.random.default_rng(0)
     cursor = Cursor("", {}, (LaneCursor(0, 0, 0, 0),))
     stops, writes = [], []

@@ -40,8 +40,7 @@ LIBRARY = blas.preload()  # before mlx is imported
 import mlx.core as mx  # noqa: E402
 
 from benchmarks import corpus, gpu_parts, gpu_runs  # noqa: E402
-from pipeline import config as configuration  # noqa: E402
-from pipeline import encoding  # noqa: E402
+from pipeline import encoding, settings  # noqa: E402
 from pipeline.config import Config  # noqa: E402
 from trainer import model as llama  # noqa: E402
 from trainer.loop import Loop  # noqa: E402
@@ -57,7 +56,7 @@ UPDATES = 12  # timed, after 3 that are not
 
 def user_config(micro_batch: int, **system: Any) -> Config:
     """The user's configuration with another split of the same 64 sequences."""
-    return configuration.load(
+    return settings.load(
         CONFIG,
         {
             "training.hyperparameters.batch_size": micro_batch,

@@ -27,7 +27,7 @@ import yaml
 
 from benchmarks import corpus, measure, pictures
 from pipeline import config as configuration
-from pipeline import encoding
+from pipeline import encoding, settings
 
 _CONFIG = "demo"
 _SKIPPED = 10  # first updates: buffers are allocated, the ring fills
@@ -51,7 +51,7 @@ def live(shards: list[Path], folder: Path, updates: int) -> list[dict[str, Any]]
 
 def _merged(changes: dict[str, Any]) -> dict[str, Any]:
     """The demonstration's configuration as plain values, with some sections' keys changed."""
-    plain = configuration.to_plain(configuration.load(_CONFIG, {}))
+    plain = configuration.to_plain(settings.load(_CONFIG, {}))
     for key, value in changes.items():
         plain[key] = {**plain[key], **value} if isinstance(value, dict) else value
     plain["logging"]["steps"]["checkpoint_interval"] = 10**6  # the step alone is compared
@@ -68,7 +68,7 @@ def in_memory(updates: int) -> list[float]:
 
     from trainer.loop import Loop
 
-    config = configuration.load(_CONFIG, {"training.hyperparameters.iters": updates})
+    config = settings.load(_CONFIG, {"training.hyperparameters.iters": updates})
     mx.set_default_device(mx.cpu)
     mx.disable_compile()
     tokenizer, T = config.data.tokenizer, config.data.preprocessing.max_context_size

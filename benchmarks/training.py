@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.trial import Size, load
 from pipeline import config as configuration
-from pipeline import encoding
+from pipeline import encoding, settings
 from trainer import blas
 
 LIBRARY = blas.preload()
@@ -56,7 +56,7 @@ def blas_files() -> list[str]:
 
 
 def the_config(args: argparse.Namespace, optimizer: str) -> configuration.Config:
-    return configuration.load(
+    return settings.load(
         "demo",
         {
             "model.dimensions.hidden_size": args.hidden,

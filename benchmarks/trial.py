@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import corpus
 from pipeline import config as configuration
-from pipeline import encoding
+from pipeline import encoding, settings
 from pipeline.workers import writer
 from trainer import blas
 
@@ -173,7 +173,7 @@ class Trials:
 
     def _config(self, setting: Setting) -> configuration.Config:
         size = self.size
-        return configuration.load(
+        return settings.load(
             "demo",
             {
                 "model.dimensions.hidden_size": size.hidden,

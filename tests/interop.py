@@ -28,8 +28,7 @@ blas.preload()
 import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from pipeline import checkpoints, encoding  # noqa: E402
-from pipeline import config as configuration  # noqa: E402
+from pipeline import checkpoints, encoding, settings  # noqa: E402
 from trainer import saved  # noqa: E402
 from trainer.export import export  # noqa: E402
 from trainer.model import Llama, initialize  # noqa: E402
@@ -58,7 +57,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def drawn(changes: dict[str, Any]) -> Saved:
     """A model with random weights, large enough that every part of it shows in the logits."""
-    config = configuration.load("demo", changes)
+    config = settings.load("demo", changes)
     tokenizer = config.data.tokenizer
     encoder = encoding.load(tokenizer.name, tokenizer.vocab_size)
     model = Llama(config.model, encoder.vocab_size)

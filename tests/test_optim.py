@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline import config as configuration
+from pipeline import settings
 from pipeline.config import Config, Hyperparameters, Optimization
 from trainer import blas
 
@@ -89,7 +89,7 @@ def test_muon_and_adamw_are_their_references_over_five_updates(nesterov: bool) -
 
 
 def tiny(**hyper: float) -> Config:
-    return configuration.load(
+    return settings.load(
         "demo",
         {
             "model.dimensions.hidden_size": 32,
@@ -153,7 +153,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_eight_end_the_run() ->
     ],
 )
 def test_parameters_are_counted_right(name: str, vocab_size: int, total: int | None) -> None:
-    config = configuration.load(name, {}).model
+    config = settings.load(name, {}).model
     counted = llama.num_parameters(config, vocab_size)
     assert total is None or counted == total
     if name == "demo":
@@ -169,7 +169,7 @@ def test_untied_biased_models_are_counted_too() -> None:
         "model.misc.attention_bias": True,
         "model.misc.mlp_bias": True,
     }
-    config = configuration.load("demo", changes).model
+    config = settings.load("demo", changes).model
     model = Llama(config, 500)
     counted = sum(a.size for _, a in tree_flatten(model.parameters()))
     assert llama.num_parameters(config, 500) == counted
@@ -251,7 +251,7 @@ def test_masked_documents_are_as_if_each_stood_alone_at_position_zero() -> None:
 @pytest.mark.parametrize(("batch", "tied"), [(1, True), (5, True), (5, False)])
 def test_the_loss_in_chunks_is_the_loss(batch: int, tied: bool) -> None:
     """5 × 128 rows are two chunks and a half."""
-    config = configuration.load(
+    config = settings.load(
         "demo", {"model.dimensions.num_layers": 1, "model.misc.tie_word_embeddings": tied}
     ).model
     model = Llama(config, 300)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import checkpoints
+from pipeline import checkpoints, settings
 from pipeline import config as configuration
 from pipeline.config import Config, Logging
 from pipeline.messages import Cursor, LaneCursor
@@ -66,7 +66,7 @@ def _config(log: Logging, iters: int) -> Config:
 
 
 def small_loop(seed: int = 0) -> Loop:
-    config = configuration.load(
+    config = settings.load(
         "demo",
         {
             "model.dimensions.hidden_size": 32,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config as configuration
 from pipeline.config import Guards
+from pipeline.settings import load
 from tests.harness import english, finish, job, run, start, write_shards
 from tests.test_training import SECTIONS, STREAM, steps_of
 from trainer import guards, sizing
@@ -78,7 +78,7 @@ def test_the_judge_is_its_reference(seed: int, bad: dict[int, float], skip: bool
 
 
 def small_loop(**changes: Any) -> Loop:
-    config = configuration.load(
+    config = load(
         "demo",
         {
             "model.dimensions.hidden_size": 32,
