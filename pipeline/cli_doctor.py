@@ -20,7 +20,7 @@ _SIGNS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "
 @click.argument("patterns", nargs=-1, metavar="[PATTERN]...")
 @click.option(
     "--max-disk",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0),
     default=35.0,
     show_default=True,
     metavar="GB",

@@ -15,12 +15,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import psutil
 
-from pipeline import catalog
+from pipeline import catalog, hub_source
 from pipeline.config import Stream
 from pipeline.errors import FinewebError
 from pipeline.screen import human
@@ -64,8 +64,9 @@ def examine(patterns: list[str], folder: Path, max_disk_gb: float) -> Iterator[F
     yield _shared_memory()
     yield _disk(folder, max_disk_gb)
     yield _descriptors()
-    if any(pattern.startswith("s3://") for pattern in patterns):
-        yield _credentials()
+    for scheme in ("s3", "gs", "az", "hf"):
+        if any(pattern.startswith(f"{scheme}://") for pattern in patterns):
+            yield credentials(scheme)
     for pattern in patterns:
         yield from _source(pattern)
 
@@ -197,19 +198,60 @@ def _descriptors() -> Finding:
 # ── the shards ──────────────────────────────────────────────────────────────────────────────
 
 
-def _credentials() -> Finding:
-    """Whether S3 requests would be signed; the values are not looked at."""
-    keys = [name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if name in os.environ]
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    where = f", region {region}" if region else ", no AWS_REGION: us-east-1 is taken"
-    if len(keys) == 2:
-        return Finding("credentials", "ok", f"AWS keys are set{where}")
-    if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true"):
-        return Finding("credentials", "ok", f"requests are not signed{where}")
+class _Keys(NamedTuple):
+    """What a store's requests are signed with: any whole set of variables does."""
+
+    sets: tuple[tuple[str, ...], ...]
+    unsigned: str  # the variable that says not to sign
+    otherwise: str  # who needs none of them
+
+
+_KEYS = {
+    "s3": _Keys(
+        (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),),
+        "AWS_SKIP_SIGNATURE",
+        "a machine with a role needs neither",
+    ),
+    "gs": _Keys(
+        (("GOOGLE_APPLICATION_CREDENTIALS",), ("GOOGLE_SERVICE_ACCOUNT",)),
+        "GOOGLE_SKIP_SIGNATURE",
+        "a machine of Google's with an account needs none",
+    ),
+    "az": _Keys(
+        (
+            ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"),
+            ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_SAS_KEY"),
+        ),
+        "AZURE_SKIP_SIGNATURE",
+        "a machine of Azure's with an identity needs the account's name alone",
+    ),
+}
+
+
+def credentials(scheme: str) -> Finding:
+    """Whether requests would be signed; the values are not looked at.
+
+    Args:
+        scheme: s3, gs, az or hf.
+    """
+    if scheme == "hf":
+        if hub_source.token():
+            return Finding("credentials", "ok", "hf: a token is set")
+        return Finding("credentials", "ok", "hf: no token; HF_TOKEN opens private data sets")
+    keys = _KEYS[scheme]
+    region = ""
+    if scheme == "s3":
+        given = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        region = f", region {given}" if given else ", no AWS_REGION: us-east-1 is taken"
+    for names in keys.sets:
+        if all(os.environ.get(name) for name in names):
+            return Finding("credentials", "ok", f"{scheme}: {' and '.join(names)} set{region}")
+    if os.environ.get(keys.unsigned, "").lower() in ("1", "true"):
+        return Finding("credentials", "ok", f"{scheme}: requests are not signed{region}")
+    wanted = ", or ".join(" and ".join(names) for names in keys.sets)
     return Finding(
-        "credentials", "warning", f"no AWS keys in the environment{where}",
-        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a "
-        "public bucket; a machine with a role needs neither",
+        "credentials", "warning", f"{scheme}: no keys in the environment{region}",
+        f"set {wanted}, or {keys.unsigned}=true for what is public; {keys.otherwise}",
     )  # fmt: skip
 
 

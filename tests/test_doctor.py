@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,15 +88,35 @@ def test_mlx_on_the_cpu_beside_a_gpu_and_a_slow_blas_are_warned_of() -> None:
     assert gpu == [Finding("mlx", "ok", "0.32 on the gpu: x, 8.59 GB")]
 
 
-def test_s3_credentials_are_told_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_SKIP_SIGNATURE"):
-        monkeypatch.delenv(name, raising=False)
-    assert doctor._credentials().level == "warning"
-    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
-    assert doctor._credentials().level == "ok"
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIASECRET")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
-    finding = doctor._credentials()
+@pytest.mark.parametrize(
+    ("scheme", "unsigned", "secrets"),
+    [
+        ("s3", "AWS_SKIP_SIGNATURE", ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")),
+        ("gs", "GOOGLE_SKIP_SIGNATURE", ("GOOGLE_APPLICATION_CREDENTIALS",)),
+        ("az", "AZURE_SKIP_SIGNATURE", ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_SAS_KEY")),
+    ],
+)
+def test_credentials_are_told_and_never_shown(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, unsigned: str, secrets: tuple[str, ...]
+) -> None:
+    for name in tuple(os.environ):
+        if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
+            monkeypatch.delenv(name)
+    nothing = doctor.credentials(scheme)
+    assert nothing.level == "warning"
+    assert all(name in nothing.remedy for name in (unsigned, *secrets))
+    monkeypatch.setenv(unsigned, "true")
+    assert doctor.credentials(scheme).level == "ok"
+    monkeypatch.delenv(unsigned)
+    for name in secrets:
+        assert doctor.credentials(scheme).level == "warning"
+        monkeypatch.setenv(name, "hunter2hunter2")
+    finding = doctor.credentials(scheme)
     assert finding.level == "ok"
-    assert "AKIASECRET" not in finding.what
     assert "hunter2" not in finding.what
+
+
+def test_the_hubs_token_is_told_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_hunter2hunter2")
+    finding = doctor.credentials("hf")
+    assert (finding.level, finding.what) == ("ok", "hf: a token is set")
