@@ -52,7 +52,7 @@ class Texts(NamedTuple):
 class Filtered(NamedTuple):
     """Documents that a filter has left out, in a row."""
 
-    count: int
+    number: int
 
 
 Item = bytes | Texts | BadRecord | Filtered | Entry
@@ -140,7 +140,7 @@ def _gather(gathering: _Gathering, documents: Iterable[Item]) -> Iterator[BlockD
             case BadRecord():
                 gathering.skip(document)
             case Filtered():
-                gathering.leave_out(document.count)
+                gathering.leave_out(document.number)
             case Entry():
                 gathering.enter(document)
     last = gathering.finish()
@@ -159,13 +159,13 @@ def _behind(documents: Iterable[Item], records: int) -> Documents:
             case Texts() if (size := len(document.offsets) - 1) > records:
                 yield Texts(document.text, document.offsets[records:])
                 break
-            case Filtered() if document.count > records:
-                yield Filtered(document.count - records)
+            case Filtered() if document.number > records:
+                yield Filtered(document.number - records)
                 break
             case Texts():
                 records -= size
             case Filtered():
-                records -= document.count
+                records -= document.number
             case bytes() | BadRecord():
                 records -= 1
     yield from rest

@@ -23,7 +23,7 @@ _RECV_BYTES = 1 << 18
 _WORKING_S = 1.0
 _NO_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(__import__("typing").Union[ALL]).decode  # type: ignore[valid-type]
+_decode = msgspec.msgpack.Decoder(__import__("typing").Union[ALL]).decode
 
 
 class ClosedError(Exception):

@@ -16,7 +16,7 @@ from pipeline import settings
 from pipeline.settings import Resolved, Setting
 
 
-class _Workers(click.ParamType):
+class _Workers(click.ParamType[int | str]):
     """A positive number, or auto."""
 
     name = "N|auto"

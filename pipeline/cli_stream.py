@@ -45,7 +45,7 @@ _TOKENIZE_DEFAULTS = {
 @click.option("--runs-dir", metavar="DIR", help="Folder of all runs.  [default: runs]")
 @stream_options
 @click.pass_context
-def start(ctx: click.Context, config_path: str | None, **options: Any) -> None:
+def start(ctx: click.Context, /, config_path: str | None, **options: Any) -> None:
     """Train a model on shards; without --shards, run the demonstration.
 
     A run that has a checkpoint resumes by itself, at the exact token, also after a crash.
@@ -113,7 +113,7 @@ def start(ctx: click.Context, config_path: str | None, **options: Any) -> None:
 )
 @stream_options
 @click.pass_context
-def tokenize(ctx: click.Context, out: str, config_path: str | None, **options: Any) -> None:
+def tokenize(ctx: click.Context, /, out: str, config_path: str | None, **options: Any) -> None:
     """Tokenize shards into files of llm.c's format, in order.
 
     Every document is preceded by the end-of-text token. Files hold a header of 256 int32 and

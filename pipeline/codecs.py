@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -31,7 +31,7 @@ from pipeline.lines import ENTRY_BYTES, MAX_RECORD_BYTES
 from pipeline.messages import BadRecord, Entry
 from pipeline.records import JsonReader, PlainText, Wanted, bad, json_reader, shown, text_reader
 
-Records = Iterator[bytes | pa.RecordBatch | BadRecord]  # what open_records gives
+Records = Generator[bytes | pa.RecordBatch | BadRecord, None, None]  # what open_records gives
 _DAMAGED = (*compression.DAMAGED, MemoryError, tar.Error, pa.ArrowException)
 _REMEDY = (
     "fetch or make the shard again, or let the run go on without the rest of it with "
@@ -92,7 +92,7 @@ def _read(source: str | BinaryIO, wanted: Wanted, begin: Entry) -> Iterator[Item
                 case Texts():
                     done += len(document.offsets) - 1
                 case Filtered():
-                    done += document.count
+                    done += document.number
                 case _:
                     done += 1
             yield document
@@ -198,7 +198,7 @@ def _tar(stream: BinaryIO, wanted: Wanted, begin: Entry) -> Documents:
         if data is None:
             yield bad(place, "it is a link or a device, not a file")
         elif suffix in ("jsonl", "ndjson") or not plain:
-            file = cast(BinaryIO, io.BytesIO(data) if isinstance(data, bytes) else data)
+            file = io.BytesIO(data) if isinstance(data, bytes) else data
             yield from _file(file, suffix, read_text if suffix == "txt" else read, place)
         elif not isinstance(data, bytes):
             yield bad(place, f"its {member.size} bytes are more than {MAX_RECORD_BYTES}")

@@ -86,5 +86,5 @@ def unpack(data: bytes) -> np.ndarray:
     if not runs or digest != xxhash.xxh3_64_digest(runs):
         raise ValueError("damaged")
     first, bits = np.frombuffer(runs, "<u4").reshape(2, -1)
-    lengths = np.diff(first.astype(np.int64), append=_NUM_CODE_POINTS)
+    lengths = np.diff(np.append(first.astype(np.int64), _NUM_CODE_POINTS))
     return np.repeat(bits.astype(np.uint8), lengths)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -269,13 +269,19 @@ def to_plain(config: Config) -> dict[str, Any]:
 def without_secrets(config: Config) -> Config:
     """The configuration as it may be shown and stored: without the secrets of shards' URLs."""
     data = config.data
-    stream, validation, *parts = (
-        msgspec.structs.replace(one, shards=[redact(pattern) for pattern in one.shards])
-        for one in (data.stream, data.validation, *data.stream.mix.values())
-    )
-    stream = msgspec.structs.replace(stream, mix=dict(zip(data.stream.mix, parts, strict=True)))
+    mix = {name: _redacted(one) for name, one in data.stream.mix.items()}
+    stream = msgspec.structs.replace(_redacted(data.stream), mix=mix)
+    validation = _redacted(data.validation)
     data = msgspec.structs.replace(data, stream=stream, validation=validation)
     return msgspec.structs.replace(config, data=data)
+
+
+_WithShards = TypeVar("_WithShards", Stream, Validation, DataSet)
+
+
+def _redacted(section: _WithShards) -> _WithShards:
+    shards = [redact(pattern) for pattern in section.shards]
+    return msgspec.structs.replace(section, shards=shards)
 
 
 def _refuse_unknown(plain: Any, section: type[msgspec.Struct], path: str) -> None:

@@ -39,9 +39,14 @@ class DiskFullError(DiskError):
 class Told(Protocol):
     """Whom this tells of what happens: the generation's hooks."""
 
-    event: Callable[..., None]
-    step: Callable[[dict[str, Any]], None]
-    checkpoint: Callable[[CheckpointWritten], None]
+    @property
+    def event(self) -> Callable[..., None]: ...
+
+    @property
+    def step(self) -> Callable[[dict[str, Any]], None]: ...
+
+    @property
+    def checkpoint(self) -> Callable[[CheckpointWritten], None]: ...
 
 
 class Consuming:

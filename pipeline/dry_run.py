@@ -23,6 +23,7 @@ from pipeline import (
     mixture,
     sizes,
 )
+from pipeline.messages import Cursor
 from pipeline.screen import human
 from pipeline.state import Plan
 from pipeline.supervisor import Job, fixed_bytes
@@ -107,13 +108,13 @@ def _resume(job: Job, expected: dict[str, Any]) -> tuple[int | None, int, int]:
     run_dir = Path(job.run_dir)
     if job.fresh or not run_dir.is_dir():
         return None, 0, 0
+    cursor: Cursor | None = None
+    step, size = None, 0
     if job.kind == "tokenize":
-        state = writer.read_state(run_dir)
-        cursor, step, size = state and state.cursor, None, 0
-    else:
-        latest = checkpoints.latest(run_dir)
-        cursor = latest and latest.cursor
-        step, size = (latest.state.step, latest.size_bytes) if latest else (None, 0)
+        if state := writer.read_state(run_dir):
+            cursor = state.cursor
+    elif latest := checkpoints.latest(run_dir):
+        cursor, step, size = latest.cursor, latest.state.step, latest.size_bytes
     if cursor is None:
         return None, 0, 0
     identity.refuse_other(cursor, expected, str(run_dir))

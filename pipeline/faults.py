@@ -31,7 +31,7 @@ class _Plan(NamedTuple):
     action: str
     role: str
     point: str
-    count: int
+    passing: int  # which one acts, from 1 on
     latch: str
 
 
@@ -59,7 +59,7 @@ class FaultPoint:
             if plan.point != point:
                 continue
             self._passed[plan] += 1
-            if self._passed[plan] == plan.count and self._mark(plan.latch):
+            if self._passed[plan] == plan.passing and self._mark(plan.latch):
                 return plan
         return None
 

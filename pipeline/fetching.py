@@ -118,9 +118,9 @@ class Fetching:
             file.state, file.path, file.reserved_bytes = FileState.CACHED, path, size
         for shard, have in partial.items():
             file = state.files[shard]
-            size = state.plan.shards[shard].size_bytes
+            whole = state.plan.shards[shard].size_bytes
             file.have_bytes = have
-            file.reserved_bytes = max(have, size or 0)
+            file.reserved_bytes = max(have, whole or 0)
         held = set(complete) | set(partial)
         sizes = {shard: state.files[shard].reserved_bytes for shard in held}
         for shard in held:  # not yet anybody's: attaching takes them up one by one
@@ -414,7 +414,7 @@ class Fetching:
 
     # ── shards that cannot be had ───────────────────────────────────────────────────────────
 
-    def damaged(self, file: File, error: ShardError) -> bool:
+    def damaged(self, file: File, error: SourceError | ShardError) -> bool:
         """The cached copy is not what was fetched: fetch it again. False if that was tried."""
         file.damaged += 1
         if self._local(file) or file.damaged >= _MAX_DAMAGED:

@@ -10,6 +10,7 @@ JSON and into structs and lists of tables alike.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -44,7 +45,7 @@ _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 @cache
-def _decode_step(step: str) -> msgspec.json.Decoder:
+def _decode_step(step: str) -> msgspec.json.Decoder[Any]:
     kind = msgspec.Raw | msgspec.UnsetType
     one = msgspec.defstruct("At", [("value", kind, msgspec.UNSET)], rename={"value": step})
     return msgspec.json.Decoder(one)
@@ -125,9 +126,8 @@ def column(batch: pa.RecordBatch, path: Path) -> pa.Array:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(
-        kind
-    )  # fmt: skip
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_one(kind) for is_one in kinds)
 
 
 def _element(array: pa.Array, number: int) -> pa.Array:

@@ -110,7 +110,11 @@ class Generation:
             self.scheduler, hooks, setup.base, checkpoints_kept, stream.disk_wait_s
         )
         self.children: dict[str, spawn.Child] = {}
-        self._descriptors = {"text_fd": text_fd, "ring_fd": ring_fd, "lock_fds": lock_fds}
+        self._descriptors: dict[str, Any] = {
+            "text_fd": text_fd,
+            "ring_fd": ring_fd,
+            "lock_fds": lock_fds,
+        }
         self._watch = Watch(stream)
         self._now = RunningTime()
         self._selector = selectors.DefaultSelector()
@@ -188,7 +192,7 @@ class Generation:
     def _forget(self, child: spawn.Child) -> None:
         self._read_stderr(child)
         self._selector.unregister(child.channel)
-        if child.process.stderr in self._selector.get_map():
+        if child.process.stderr is not None and child.process.stderr in self._selector.get_map():
             self._selector.unregister(child.process.stderr)
         child.close()
         self.hooks.reaped(child.role, child.cpu_s)

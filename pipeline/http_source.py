@@ -102,7 +102,9 @@ def _proxy(url: str) -> str | None:
     """The environment's proxy for a URL, if it has one: by its scheme, or for all."""
     parts, proxies = urllib.parse.urlsplit(url), urllib.request.getproxies_environment()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if proxy is None or urllib.request.proxy_bypass_environment(parts.netloc, proxies):
+    if proxy is None or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]  # typeshed lacks it
+        parts.netloc, proxies
+    ):
         return None
     if not proxy.startswith(("http://", "https://")):
         kind, sign, _ = proxy.partition("://")

@@ -19,7 +19,7 @@ import httpx2
 import huggingface_hub
 from huggingface_hub import HfApi, RepoFile
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import fix_hf_endpoint_in_url
+from huggingface_hub.utils._http import fix_hf_endpoint_in_url
 
 from pipeline import hub_source
 from pipeline.errors import SourceError
@@ -133,7 +133,10 @@ class _Repo:
         self._repo, self._client = repo, client
         self._api = HfApi(endpoint=hub_source.endpoint(), token=hub_source.token() or False)
         info = self._api.repo_info(
-            repo.repo, revision=repo.revision, repo_type=repo.kind, expand=["sha"]
+            repo.repo,
+            revision=repo.revision,
+            repo_type=repo.kind,
+            expand=["sha"],  # type: ignore[arg-type]  # of any kind
         )
         if not info.sha:
             raise ValueError("no commit")
@@ -152,7 +155,7 @@ class _Repo:
     def _files(self, paths: Iterable[str]) -> dict[str, Listed]:
         """Those of the paths that are files, some hundreds a request."""
         wanted = list(paths)
-        found = {}
+        found: dict[str, Listed] = {}
         for at in range(0, len(wanted), _PATHS_AT_ONCE):
             some = wanted[at : at + _PATHS_AT_ONCE]
             infos = self._api.get_paths_info(self._repo.repo, some, **self._which)

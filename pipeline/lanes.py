@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import xxhash
 
@@ -47,6 +47,17 @@ def deal(sizes_bytes: Sequence[int | None], order: Sequence[int], lanes: int) ->
         size = sizes_bytes[shard]
         heapq.heappush(heap, (load + max(1, default if size is None else size), lane))
     return dealt
+
+
+class Lanes(Protocol):
+    """Which shard comes when in which lane: LanePlan, or several of them side by side."""
+
+    lanes: int
+
+    @property
+    def endless(self) -> bool: ...
+
+    def turn(self, lane: int, sequence: int) -> Turn | None: ...
 
 
 class LanePlan:

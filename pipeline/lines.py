@@ -140,7 +140,10 @@ def _separator(held: bytearray, start: int, at_end: bool) -> tuple[int, int] | N
         if len(rest) < 2 and not at_end and rest != b"\n":
             return None  # more has to be read to see what it is
         ends = next((end for end in (b"\n", b"\r\n") if rest.startswith(end)), None)
-        if (ends is not None or (at_end and not rest)) and held[begin - 1 : begin] in (b"", b"\n"):
+        if (ends is not None or (at_end and not rest)) and bytes(held[begin - 1 : begin]) in (
+            b"",
+            b"\n",
+        ):
             begin -= 1 if begin else 0
             if held[begin - 1 : begin] == b"\r":
                 begin -= 1

@@ -66,7 +66,7 @@ def fragment(recorded: Recorded) -> str:
 
 def _cards(status: Status) -> str:
     metrics, left = status.metrics, left_s(status)
-    cards = {}
+    cards: dict[str, str] = {}
     if "loss" in metrics:
         cards |= {
             "loss, nats": f"{metrics['loss']:.3f}",

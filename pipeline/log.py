@@ -7,6 +7,7 @@ its own `.1`, in the place of the one before.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import os
@@ -44,7 +45,7 @@ class _Rotating:
     def bytes(self) -> int:
         return self._bytes + self._old_bytes
 
-    def write(self, line: bytes) -> None:
+    def write(self, line: builtins.bytes) -> None:
         """Append a line; one longer than half the limit is cut."""
         line = line if len(line) < self._half else line[: self._half - 1] + b"\n"
         if self._bytes + len(line) > self._half:
@@ -101,7 +102,7 @@ class RunLog:
         self._write("log.txt", f"{_now()} {step_line(record, disk)}\n".encode())
         self._write("metrics.jsonl", _json({"time": _now(), **record}) + b"\n")
 
-    def _write(self, name: str, line: bytes) -> None:
+    def _write(self, name: str, line: builtins.bytes) -> None:
         try:
             self._files[name].write(line)
         except OSError:  # a full disk must not end the run; the view shows how many were lost

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -21,21 +21,10 @@ from pipeline import catalog
 from pipeline.catalog import Shard
 from pipeline.config import Config, DataSet, Stream
 from pipeline.errors import ConfigError
-from pipeline.lanes import LanePlan, Turn
+from pipeline.lanes import LanePlan, Lanes, Turn
 from pipeline.turns import Group
 
 _ONE = "all"  # the name of the only data set
-
-
-class Lanes(Protocol):
-    """Which shard comes when in which lane: LanePlan, or several of them side by side."""
-
-    lanes: int
-
-    @property
-    def endless(self) -> bool: ...
-
-    def turn(self, lane: int, sequence: int) -> Turn | None: ...
 
 
 def data_sets(stream: Stream) -> dict[str, DataSet]:

@@ -62,9 +62,9 @@ class Gpt2Splitter:
         size = len(text) - PAD_BYTES
         raw = np.frombuffer(text, np.uint8)
         codes = np.frombuffer(bytearray(text.translate(self._ascii)), np.uint8)
-        special = raw >= 0xC0
-        special |= raw == APOSTROPHE
-        special = np.flatnonzero(special)
+        is_special = raw >= 0xC0
+        is_special |= raw == APOSTROPHE
+        special = np.flatnonzero(is_special)
         wide = raw[special] >= 0xC0
         wide_spaces = paint(codes, raw, special[wide], self._codes)
         codes[size:] = _WHITE  # white space at the end of the text is not split
@@ -99,7 +99,7 @@ def apart(codes: np.ndarray) -> np.ndarray:
     return joined == 0
 
 
-def move_to_first(start: np.ndarray, wide_spaces: list[np.ndarray]) -> None:
+def move_to_first(start: np.ndarray, wide_spaces: list[tuple[np.ndarray, np.ndarray]]) -> None:
     """Where a piece starts at the last byte of a wide space, let it start at the first."""
     for first, last in wide_spaces:
         start[first] |= start[last]
@@ -108,14 +108,14 @@ def move_to_first(start: np.ndarray, wide_spaces: list[np.ndarray]) -> None:
 
 def paint(
     codes: np.ndarray, raw: np.ndarray, leads: np.ndarray, of_code_point: np.ndarray
-) -> list[np.ndarray]:
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Give every byte of the wide characters, which start at leads, the code of the code point.
 
     Returns:
         First and last bytes of white space of 2 and of 3 bytes: pairs of arrays.
     """
     lead = raw[leads]
-    spaces = []
+    spaces: list[tuple[np.ndarray, np.ndarray]] = []
     for at, length in (
         (leads[lead < 0xE0], 2),
         (leads[(lead >= 0xE0) & (lead < 0xF0)], 3),

@@ -161,7 +161,7 @@ def _numbered(
     number = 0
     for item in documents:
         if isinstance(item, Filtered):
-            number += item.count
+            number += item.number
         elif not isinstance(item, Entry):
             for one in item.one_by_one() if isinstance(item, Texts) else (item,):
                 for document in _wanted(one, reading):

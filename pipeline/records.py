@@ -126,7 +126,7 @@ class _Picking:
             raw = self._find(record, wanted.text)
             if raw is None:
                 return bad(place, f"it has no {field!r}")
-            return cast(str, _decode_text(raw)).encode()
+            return _decode_text(raw).encode()
         except filters.AbsentError as error:
             there = shown(", ".join(msgspec.json.decode(data)))
             raise filters.absent(f"{wanted.name}, {shown(place)}", str(error), there) from None

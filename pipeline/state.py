@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.errors import FinewebError
-from pipeline.lanes import LanePlan
+from pipeline.lanes import Lanes
 from pipeline.messages import BlockStart, Cursor, LaneCursor, Message, Remote, RingLayout, Skip
 from pipeline.turns import Group
 
@@ -48,7 +48,7 @@ class Plan:
     """Everything that decides a run, fixed while it lasts."""
 
     shards: tuple[ShardInfo, ...]
-    lanes: LanePlan
+    lanes: Lanes
     ring: RingLayout
     seq_len: int  # T: how far the reader goes in one lane before it turns to the next
     text_slots: int

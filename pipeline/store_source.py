@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import obstore
 from obstore import exceptions
@@ -21,6 +21,9 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from pipeline.errors import SourceError
 from pipeline.redaction import redact
 from pipeline.sources import ChangedError, Chunks, Listed, Stat, TransientError, certificates
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
 
 _VARIABLES = re.compile(r"(AWS|GOOGLE|AZURE|AZURITE)_|(HTTPS?|NO|ALL)_PROXY|_FILE$|_BUNDLE$", re.I)
 
@@ -152,7 +155,7 @@ class StoreSource:
 
     def _get(self, options: dict[str, Any]) -> Any:
         try:
-            return obstore.get(self._store, self._key, options=options)
+            return obstore.get(self._store, self._key, options=cast("GetOptions", options))
         except Exception as error:
             raise _translate(error, self._name, self._kind) from None
 

@@ -327,13 +327,13 @@ class _Run:
 
     def _resume_point(self) -> tuple[Cursor, str | None, int]:
         """Where the data stands, the checkpoint to restore, and the bytes of one checkpoint."""
+        cursor: Cursor | None = None
+        path, size = None, 0
         if self.job.kind == "tokenize":
-            state = writer.read_state(self.run_dir)
-            cursor, path, size = state and state.cursor, None, 0
-        else:
-            latest = checkpoints.latest(self.run_dir)
-            cursor = latest and latest.cursor
-            path, size = (str(latest.path), latest.size_bytes) if latest else (None, 0)
+            if state := writer.read_state(self.run_dir):
+                cursor = state.cursor
+        elif latest := checkpoints.latest(self.run_dir):
+            cursor, path, size = latest.cursor, str(latest.path), latest.size_bytes
         if cursor is None:
             start = (LaneCursor(0, 0, 0, 0),) * self.lanes
             return Cursor(identity.fingerprint(self.identity), self.identity, start), None, 0

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 _BLOCK = tarfile.BLOCKSIZE
+# A block of zeros, and nothing at all; typeshed lacks them.
+_AtEnd, _Empty = tarfile.EOFHeaderError, tarfile.EmptyHeaderError  # type: ignore[attr-defined]
 _MAX_HEADER_BYTES = 1 << 20  # a member's long name and attributes
 _MAX_GLOBAL_HEADERS = 100
 Error = tarfile.TarError
@@ -42,9 +44,9 @@ def members(stream: BinaryIO, max_bytes: int) -> Iterator[Member]:
         Error: the archive is damaged, cut off, or followed by something else.
     """
     source = _Source(stream)
-    with _Archive(fileobj=source, errors="replace", ignore_zeros=True) as archive:
+    with _Archive(fileobj=cast(IO[bytes], source), errors="replace", ignore_zeros=True) as archive:
         while (member := archive.next()) is not None:
-            archive.members = []  # it would keep them all
+            archive.members = []  # type: ignore[attr-defined]  # typeshed lacks it; it would keep them all
             if not member.isdir():
                 data = None
                 if member.isreg() and not member.issparse():
@@ -123,14 +125,14 @@ class _Member(tarfile.TarInfo):
     and believes any size."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> _Member:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
         member = super().frombuf(buf, encoding, errors)
         in_memory = member.type not in tarfile.REGULAR_TYPES and not member.isdir()
         if member.size < 0 or (in_memory and member.size > _MAX_HEADER_BYTES):
             raise tarfile.ReadError(f"a header claims {member.size} bytes")
         if member.type == tarfile.GNUTYPE_SPARSE:
             raise tarfile.ReadError("sparse members are not supported")
-        return cast(_Member, member)
+        return member
 
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> _Member:
@@ -154,9 +156,9 @@ class _Archive(tarfile.TarFile):
         try:
             member = read(self)
         except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EOFHeaderError):  # a block of zeros
+            if isinstance(error, _AtEnd):  # a block of zeros
                 self._ended = True
-            if self._ended and isinstance(error, tarfile.EOFHeaderError | tarfile.EmptyHeaderError):
+            if self._ended and isinstance(error, _AtEnd | _Empty):
                 raise
             raise tarfile.ReadError(f"{error} at byte {self.fileobj.tell()}") from error
         self._ended = False

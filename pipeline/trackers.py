@@ -45,7 +45,8 @@ def make(config: Config, run_dir: Path, plain: dict[str, Any]) -> Sequence[Track
     Raises:
         ConfigError: a library is missing; says how to install it.
     """
-    log, made = config.logging, []
+    log = config.logging
+    made: list[Tracker] = []
     if log.tensorboard:
         made.append(TensorBoard(run_dir / "tensorboard", int(log.max_log_mb * 1e6)))
     if log.wandb is not None:

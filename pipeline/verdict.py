@@ -61,8 +61,8 @@ def _said(name: str, wait: float | None, seen: Evidence) -> str:
         return f"{workers} limit"
     if name == "fetch":
         if stage.busy < _AT_WORK:
-            idle = 100 * (1 - stage.busy)
-            return f"shards come late, fetchers idle {idle:.0f} %: raise --max-disk or --prefetch"
+            rest = 100 * (1 - stage.busy)
+            return f"shards come late, fetchers idle {rest:.0f} %: raise --max-disk or --prefetch"
         return f"{workers} limit: a faster source, or --fetchers {2 * stage.workers}"
     idle = seen.idle_cores
     if idle is None:

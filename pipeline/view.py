@@ -31,7 +31,12 @@ def make_view(progress: str = "auto", stream: TextIO = sys.stderr) -> View:
     """
     if progress == "auto":
         progress = "live" if stream.isatty() else "plain"
-    kinds = {"live": LiveView, "plain": PlainView, "json": JsonView, "none": SilentView}
+    kinds: dict[str, Callable[[TextIO], View]] = {
+        "live": LiveView,
+        "plain": PlainView,
+        "json": JsonView,
+        "none": SilentView,
+    }
     return LastingView(kinds[progress](stream))
 
 

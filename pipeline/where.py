@@ -41,6 +41,7 @@ from pipeline.catalog import Shard
 from pipeline.checkpoints import Checkpoint
 from pipeline.config import Config, from_plain
 from pipeline.errors import ConfigError, ShardError
+from pipeline.lanes import Lanes
 from pipeline.messages import Cursor, LaneCursor, Skip
 from pipeline.provenance import Part, Reading, Wanted
 from pipeline.shard_files import ShardFiles
@@ -238,7 +239,7 @@ class _Search:
         self,
         past: _Past,
         shards: Sequence[Shard],
-        lanes: mixture.Lanes,
+        lanes: Lanes,
         turns: Turns,
         files: ShardFiles,
         workers: ProcessPoolExecutor,

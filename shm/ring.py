@@ -17,10 +17,17 @@ from shm import layout
 class Layout(Protocol):
     """What of the protocol's RingLayout is used here."""
 
-    lanes: int
-    slots: int
-    slot_tokens: int
-    token_bytes: int
+    @property
+    def lanes(self) -> int: ...
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def slot_tokens(self) -> int: ...
+
+    @property
+    def token_bytes(self) -> int: ...
 
 
 def size_bytes(shape: Layout) -> int:

@@ -33,7 +33,7 @@ def create(size_bytes: int) -> int:
 
 def _unnamed() -> int:
     """macOS: POSIX shared memory, unlinked before anybody else can see it."""
-    import _posixshmem  # CPython's own module behind multiprocessing.shared_memory
+    import _posixshmem  # type: ignore[import-not-found]  # CPython's own module behind multiprocessing.shared_memory
 
     for _ in range(16):
         name = f"/fw-{secrets.token_hex(8)}"  # 20 characters; macOS allows 31

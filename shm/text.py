@@ -17,9 +17,14 @@ from shm import layout
 class Layout(Protocol):
     """What of the protocol's TextLayout is used here."""
 
-    slots: int
-    text_bytes: int
-    documents: int
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def text_bytes(self) -> int: ...
+
+    @property
+    def documents(self) -> int: ...
 
 
 class Block(NamedTuple):

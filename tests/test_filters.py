@@ -120,7 +120,7 @@ def _read(path: Path, condition: str) -> tuple[list[str], int]:
         elif isinstance(item, bytes):
             texts.append(item.decode())
         elif isinstance(item, Filtered):
-            filtered += item.count
+            filtered += item.number
     return texts, filtered
 
 

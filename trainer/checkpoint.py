@@ -16,7 +16,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import msgspec
@@ -66,7 +66,7 @@ def snapshot(loop: Loop, cursor: Cursor, validation_loss: float | None = None) -
         step=loop.step,
         tokens=loop.tokens,
         cursor=cursor,
-        random_key=[int(word) for word in mx.random.state[0].tolist()],
+        random_key=np.array(cast(list[mx.array], mx.random.state)[0]).tolist(),
         first_loss=loop.first_loss,
         config=to_plain(loop.config),
         versions={name: metadata.version(name) for name in ("mlx", "numpy", "fineweb-pipeline")},
@@ -188,7 +188,7 @@ def restore(loop: Loop, path: Path) -> None:
     for part, arrays in wanted.items():
         file = path / f"{part}.safetensors"
         try:
-            found = mx.load(str(file))
+            found = cast(Arrays, mx.load(str(file)))
             mx.eval(found)
         except (OSError, RuntimeError, ValueError) as error:
             raise ShardError(f"{file} cannot be read: {error}", "move its folder away") from error

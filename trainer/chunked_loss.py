@@ -9,6 +9,8 @@ Source: the idea of Liger-Kernel's fused linear cross-entropy.
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 
 _ROWS = 256  # of one chunk: enough for a matrix product to be efficient
@@ -55,5 +57,6 @@ def loss_sum(x_BTD: mx.array, W_VD: mx.array, targets_BT: mx.array) -> mx.array:
         targets_BT: Token ids.
     """
     D = x_BTD.shape[-1]
-    total, _, _ = _with_gradients(x_BTD.reshape(-1, D), W_VD, targets_BT.reshape(-1))
+    flat = x_BTD.reshape(-1, D), W_VD, targets_BT.reshape(-1)
+    total, _, _ = cast(tuple[mx.array, mx.array, mx.array], _with_gradients(*flat))
     return total

@@ -65,8 +65,8 @@ def export(saved: Saved, out: Path, dtype: str) -> None:
             "clean_up_tokenization_spaces": False,
         },
     }
-    for file, content in texts.items():
-        (partial / file).write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+    for filename, content in texts.items():
+        (partial / filename).write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
     arrays = {name: a.astype(DTYPES[dtype]) for name, a in renamed(saved).items()}
     with (partial / "model.safetensors").open("wb") as file:
         mx.save_safetensors(file, arrays, {"format": "pt"})

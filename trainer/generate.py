@@ -76,7 +76,7 @@ def _tokens(
         if number + 1 < max_tokens:
             key, use = mx.random.split(key)
             token, cache = draw(now[None], cache, use)
-        made = int(now.item())
+        made = int(np.array(now))
         if made == encoder.eot:
             return
         yield made

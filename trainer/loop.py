@@ -83,7 +83,7 @@ class Loop:
         here = llama.as_dtype(weights, self.dtype)
         self.model.update(tree_unflatten(list(here.items())))
         recompute = self.config.system.activation_checkpointing
-        options = {"eot": self.eot, "recompute": recompute}
+        options: dict[str, Any] = {"eot": self.eot, "recompute": recompute}
         if self._chunked:
             return llama.loss_sum_chunked(self.model, rows_BT1, **options) / self.update_tokens
         losses = llama.losses(self.model, rows_BT1, self.dtype, **options)
@@ -186,7 +186,7 @@ class Loop:
         self._launched_at += seconds
 
     def _metrics(self, report: Report) -> dict[str, Any]:
-        values = {name: array.item() for name, array in report.arrays.items()}
+        values: dict[str, Any] = {name: array.item() for name, array in report.arrays.items()}
         step_s = report.seconds
         loss = float(values["loss"])
         if self.first_loss is None:

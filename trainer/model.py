@@ -162,7 +162,8 @@ class Llama(nn.Module):
         x = self._embed(tokens_BT)
         for layer in self.layers:
             x = _recomputed(layer, x, mask) if recompute else layer(x, None, mask)[0]
-        return self.norm(x)
+        states: mx.array = self.norm(x)
+        return states
 
     def step(self, tokens_BT: mx.array, cache: Cache) -> tuple[mx.array, Cache]:
         """Logits of tokens that follow the cached ones, and the cache behind them."""
@@ -174,7 +175,8 @@ class Llama(nn.Module):
         return self.norm(x) @ self.head().T, kept
 
     def _embed(self, tokens_BT: mx.array) -> mx.array:
-        return self.embed_tokens(tokens_BT).astype(self.norm.weight.dtype)
+        states: mx.array = self.embed_tokens(tokens_BT)
+        return states.astype(self.norm.weight.dtype)
 
     def head(self) -> mx.array:
         """What the states are multiplied with, in the dtype of the layers."""

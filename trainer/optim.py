@@ -71,7 +71,8 @@ def _muon_names(weights: Arrays, config: Optimization) -> set[str]:
 
 def global_norm(arrays: Arrays) -> mx.array:
     """Euclidean norm over all arrays together, float32."""
-    return mx.sqrt(sum(mx.square(array.astype(mx.float32)).sum() for array in arrays.values()))
+    squares = (mx.square(array.astype(mx.float32)).sum() for array in arrays.values())
+    return mx.sqrt(sum(squares, start=mx.array(0.0)))
 
 
 def apply(

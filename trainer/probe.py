@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from importlib import metadata
 
 from trainer import blas
 
@@ -29,7 +30,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - begin)
     facts = {key: str(value) for key, value in mx.device_info().items()}
     said = {
-        "mlx": mx.__version__,
+        "mlx": metadata.version("mlx"),
         "device": str(device.type).rpartition(".")[2],
         "name": facts.get("device_name", ""),
         "memory_bytes": int(facts.get("memory_size", 0) or 0),

@@ -90,7 +90,8 @@ def _peak_bytes(config: Config, vocab_size: int, dtype: mx.Dtype, eot: int) -> i
     mx.reset_peak_memory()
     loop = Loop(config, vocab_size, dtype, eot)
     T = config.data.preprocessing.max_context_size
-    rows = np.random.default_rng(0).integers(0, vocab_size, (loop.hyper.batch_size, T + 1))
+    shape = int(loop.hyper.batch_size), T + 1
+    rows = np.random.default_rng(0).integers(0, vocab_size, shape)
     for _ in range(2):  # the second one holds the first one's results, as in training
         loop.update(lambda: [mx.array(row) for row in rows], lambda: {"wait_s": 0.0})
     loop.metrics(flush=True)

@@ -87,7 +87,8 @@ class Validation:
     @property
     def num_tokens(self) -> int:
         """Targets that are scored."""
-        return self._windows.shape[0] * (self._windows.shape[1] - 1)
+        count, length = self._windows.shape
+        return int(count * (length - 1))
 
     def score(self, model: Llama, weights: Arrays, dtype: mx.Dtype) -> Score:
         """Loss and bits per byte of the weights, computed in dtype."""
@@ -106,4 +107,4 @@ class Validation:
         nats = llama.losses(model, rows_BT1, dtype, eot=self._eot)
         lengths = self._lengths[targets]
         sums = [nats.sum(), (nats * (lengths > 0)).sum(), lengths.sum().astype(mx.float32)]
-        return [float(one.item()) for one in sums]
+        return [float(np.array(one)) for one in sums]

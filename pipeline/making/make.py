@@ -15,6 +15,7 @@ documents; where a shard ends depends on its own documents alone, so what follow
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -296,7 +297,7 @@ def _copy(
                 continue
             if isinstance(item, pa.RecordBatch):
                 item, first = item.slice(max(0, skip - first)), max(skip, first)  # noqa: PLW2901
-                writer.write_rows(item, lambda row, first=first: _key(group, first + row))
+                writer.write_rows(item, functools.partial(_key_of_row, group, first))
             else:
                 writer.write(_one_line(item), _key(group, first))
         writer.close()
@@ -318,6 +319,10 @@ def _records(
 def _key(group: int, document: int) -> str:
     """A document's name in a tar: unique in the set, and in order."""
     return f"{group:05d}{document:09d}"
+
+
+def _key_of_row(group: int, first: int, row: int) -> str:
+    return _key(group, first + row)
 
 
 def _one_line(record: bytes) -> bytes:

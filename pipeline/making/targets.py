@@ -271,5 +271,9 @@ class _Parquet:
 
 def target(files: Files, form: str, shard_bytes: int) -> Target:
     """The writer of a form."""
-    kinds = {"tar": _Tar, "jsonl": _Jsonl, "parquet": _Parquet}
+    kinds: dict[str, Callable[[Files, int], Target]] = {
+        "tar": _Tar,
+        "jsonl": _Jsonl,
+        "parquet": _Parquet,
+    }
     return kinds[form.partition(".")[0]](files, shard_bytes)
