@@ -41,7 +41,7 @@ class PieceCache:
             # the lowest ranks last: they come most often, and get the first places
             known = [(t, r) for t, r in ranks.items() if low < len(t) <= high and 0 not in t][::-1]
             keys = ragged.padded([token for token, _ in known], high).view("<u8")
-            self._vocabulary.append((keys, np.array([rank for _, rank in known], np.uint32)))
+            self._vocabulary.append((list(keys.T), np.array([rank for _, rank in known], np.uint32)))
             needed = int(len(known) / _MAX_LOAD).bit_length()
             self._tables.append(PieceTable(num_words, max(slots_log2, needed)))
             low = high
@@ -90,12 +90,14 @@ class PieceCache:
         counts = (values >> _COUNT_SHIFT).view(np.int64)
         return self._ids[ragged.positions((values & _LOW).view(np.int64), counts)], counts
 
-    def learn(self, keys: np.ndarray | None, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def learn(
+        self, keys: list[np.ndarray] | None, ids: np.ndarray, counts: np.ndarray
+    ) -> np.ndarray:
         """Add distinct pieces that are missing.
 
         Args:
-            keys: Their keys, shape (n, number of words), one of KEY_WORDS; pieces without zero
-                bytes. None for pieces that cannot be looked up.
+            keys: Their keys, one of KEY_WORDS arrays of shape (n,); pieces without zero bytes. None
+                for pieces that cannot be looked up.
             ids: Their tokens joined.
             counts: How many each has, shape (n,), int64.
 
@@ -108,7 +110,7 @@ class PieceCache:
         values = (counts.view(np.uint64) << _COUNT_SHIFT) | places.astype(np.uint64)
         self._store(ids)
         if keys is not None:
-            self._tables[KEY_WORDS.index(keys.shape[1])].insert(list(keys.T), values)
+            self._tables[KEY_WORDS.index(len(keys))].insert(keys, values)
         return values
 
     def make_room(self) -> None:

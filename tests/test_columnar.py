@@ -23,6 +23,7 @@ from pipeline import (
     pieces,
     pieces_cl100k,
     ragged,
+    unknown_pieces,
 )
 from tests.fragments import FRAGMENTS, random_text
 from tests.harness import english
@@ -246,7 +247,7 @@ def test_the_cache_is_bounded_and_forgets_without_harm(monkeypatch: pytest.Monke
     monkeypatch.setattr(piece_cache, "_SLOTS_LOG2", (8, 6, 4))
     monkeypatch.setattr(piece_cache, "_MAX_LOAD", 4)
     monkeypatch.setattr(piece_cache, "_STORED_TOKENS", 3000)
-    monkeypatch.setattr(columnar, "_FEW_PIECES", 100)
+    monkeypatch.setattr(unknown_pieces, "_FEW_PIECES", 100)
     encoders = pair(300)
     cache = encoders[0]._cache
     rng = random.Random(2)
@@ -267,7 +268,7 @@ def test_a_text_is_known_the_second_time(monkeypatch: pytest.MonkeyPatch) -> Non
     words = [word for word in " ".join(english(20)).split() if len(word) < 30]
     text, offsets = block([" ".join(words)])
     first = encoder.encode_block(text, offsets, False)
-    monkeypatch.setattr(encoder, "_encode", None)
+    monkeypatch.setattr(encoder._unknown, "encode", None)
     assert encoder.encode_block(text, offsets, False).tolist() == first.tolist()
 
 
@@ -318,8 +319,9 @@ MERGES = {
 def test_merges_are_those_of_tiktoken(raw: list[bytes], name: str) -> None:
     """Of any bytes; "banana" merges the leftmost of equal pairs."""
     cut = [piece[:16].replace(b"\0", b"a") for piece in [*raw, b" bananana"]]
-    some = [piece for piece in cut if piece]
-    ids, counts = MERGES[name].encode(ragged.padded(some, 16))
+    some = sorted((piece for piece in cut if piece), key=len, reverse=True)
+    words = list(ragged.padded(some, 16).view("<u8").T)
+    ids, counts = MERGES[name].encode(words, np.array(list(map(len, some))))
     expected = [PAIRS[name][0]._encoding._encode_single_piece(piece) for piece in some]
     assert counts.tolist() == list(map(len, expected))
     assert ids.tolist() == list(itertools.chain.from_iterable(expected))
@@ -353,7 +355,7 @@ def test_a_vocabulary_that_merges_cannot_reach_is_left_to_tiktoken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """ "abc" is a token, but neither "ab" nor "bc" is."""
-    monkeypatch.setattr(columnar, "_FEW_PIECES", 1)
+    monkeypatch.setattr(unknown_pieces, "_FEW_PIECES", 1)
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"abc": 256}
     odd = tiktoken.Encoding(
         "odd",
