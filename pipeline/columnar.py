@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import ragged
+from pipeline.likely_pieces import likely_pieces
 from pipeline.piece_cache import TWO, PieceCache
 from pipeline.piece_table import MISSING
 from pipeline.pieces import PAD_BYTES
@@ -48,6 +49,8 @@ class ColumnarEncoder:
         cut: Where a long document may be cut; see encoding.safe_cut.
         eot: End-of-text token.
         vocab_size: Ids are below this.
+        words: Tokens of a vocabulary whose words the texts are likely to hold; the encoding's own
+            where it is left out.
     """
 
     def __init__(
@@ -57,10 +60,12 @@ class ColumnarEncoder:
         cut: Callable[[bytes, int], int],
         eot: int,
         vocab_size: int,
+        words: Iterable[bytes] | None = None,
     ) -> None:
         self._encoding, self._splitter, self._cut = encoding, splitter, cut
         self.eot, self.vocab_size = eot, vocab_size
         self.dtype = np.dtype(np.uint16 if vocab_size <= _UINT16_IDS else np.uint32)
+        self._words = encoding._mergeable_ranks if words is None else words
         self._first_ids = np.empty(0, self.dtype)
 
     # Made by prepare, or when they are needed: the supervisor and the trainer encode nothing.
@@ -71,7 +76,10 @@ class ColumnarEncoder:
 
     @functools.cached_property
     def _unknown(self) -> UnknownPieces:
-        return UnknownPieces(self._encoding, self._cache)
+        unknown = UnknownPieces(self._encoding, self._cache)
+        if unknown.merges is not None:
+            unknown.learn(likely_pieces(self._words))
+        return unknown
 
     def prepare(self) -> None:
         """See encoding.Encoder; a tenth of a second for gpt2."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.merges import Merges
 from pipeline.piece_cache import KEY_WORDS, MAX_PIECE_BYTES, PieceCache
-from pipeline.piece_table import WORD_BYTES, keys_of, words_of
+from pipeline.piece_table import MISSING, WORD_BYTES, keys_of, words_of
 
 if TYPE_CHECKING:
     import tiktoken
@@ -38,7 +38,7 @@ class _Group(NamedTuple):
 
 
 class UnknownPieces:
-    """Encodes pieces one by one's right, but all at once.
+    """Encodes pieces that are missing in a cache.
 
     Args:
         encoding: Whose ids they get.
@@ -85,6 +85,14 @@ class UnknownPieces:
         unsorted = np.empty(len(order), np.uint64)
         unsorted[order] = np.concatenate(values)
         return unsorted
+
+    def learn(self, pieces: list[bytes]) -> None:
+        """Let the cache know distinct pieces before they come."""
+        lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        starts = np.cumsum(lengths) - lengths
+        raw = b"".join(pieces)
+        new = self._cache.find(raw + bytes(WORD_BYTES), starts, lengths) == MISSING
+        self.encode(raw, starts[new], lengths[new])
 
     def _tokens(self, wide: _Group, two: _Group, one: _Group) -> Iterator[Tokens]:
         """Tokens of pieces whose keys have 4 words, 2 words, and one."""
