@@ -114,10 +114,8 @@ class ColumnarEncoder:
             lengths = np.empty_like(starts)
             np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
             lengths[-1] = end - begin - starts[-1]
-            found = self._cache.find(text, starts, lengths)
-            self._first_ids[num_pieces : num_pieces + len(starts)] = found
-            at = np.flatnonzero(found >= TWO)
-            found = found[at]
+            ids = self._first_ids[num_pieces : num_pieces + len(starts)]
+            at, found = self._cache.find(text, starts, lengths, ids)
             missing = at[found == MISSING]
             documents.append(np.searchsorted(starts, inner) + num_pieces)
             several.append(at + num_pieces)

@@ -8,17 +8,17 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline import ragged
-from pipeline.piece_table import MISSING, WORD_BYTES, PieceTable, keys_of, words_of
+from pipeline.piece_table import WORD_BYTES, PieceTable, WordTable, keys_of, words_of
 
-# A value is a number of tokens in the high half, and in the low half the token itself if it is
-# one, or else the place of the first one in the store.
+# A value is a token, or if there are several, their number in the high half, and the place of the
+# first one in the store in the low half.
 _COUNT_SHIFT = np.uint64(32)
 _LOW = np.uint64(0xFFFF_FFFF)
 TWO = np.uint64(2 << 32)
 
 KEY_WORDS = (1, 2, 4)  # of the tables: pieces of up to 8, 16 and 32 bytes
 MAX_PIECE_BYTES = WORD_BYTES * KEY_WORDS[-1]
-_SLOTS_LOG2 = (19, 17, 14)  # 8, 4 and 1 MiB
+_SLOTS_LOG2 = (20, 18, 14)  # 8, 4 and 1 MiB
 _STORED_TOKENS = 1 << 21  # 8 MiB
 _MAX_LOAD = 1 / 8  # of a table by the vocabulary alone
 _PAD_WORDS = WORD_BYTES * (KEY_WORDS[-1] - 1)
@@ -43,21 +43,27 @@ class PieceCache:
             keys = ragged.padded([token for token, _ in known], high).view("<u8")
             self._vocabulary.append((list(keys.T), np.array([rank for _, rank in known], np.uint32)))
             needed = int(len(known) / _MAX_LOAD).bit_length()
-            self._tables.append(PieceTable(num_words, max(slots_log2, needed)))
+            slots_log2 = max(slots_log2, needed)
+            one = num_words == 1
+            self._tables.append(WordTable(slots_log2) if one else PieceTable(num_words, slots_log2))
             low = high
         self._words = np.empty(0, np.uint64)
         self._clear()
 
-    def find(self, text: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def find(
+        self, text: bytes, starts: np.ndarray, lengths: np.ndarray, ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Look pieces up.
 
         Args:
             text: UTF-8 bytes, and WORD_BYTES more.
             starts: Where its pieces start, shape (n,).
             lengths: How long they are.
+            ids: To be filled with the tokens of pieces that are one token, shape (n,).
 
         Returns:
-            Values, shape (n,), uint64: see tokens; MISSING for the unknown.
+            Indices of the other pieces, rising, and their values: see tokens; MISSING for the
+            unknown.
         """
         size = len(text) - WORD_BYTES
         if len(self._words) < size + _PAD_WORDS:
@@ -71,15 +77,20 @@ class PieceCache:
             lengths = lengths.copy()
             lengths[np.searchsorted(starts, zeros, side="right") - 1] = MAX_PIECE_BYTES + 1
 
-        values = self._tables[0].find(keys_of(words, starts, lengths, KEY_WORDS[0]))
-        long = np.flatnonzero(lengths > WORD_BYTES * KEY_WORDS[0])
-        for table, num_words in zip(self._tables[1:], KEY_WORDS[1:], strict=True):
-            fits = lengths[long] <= WORD_BYTES * num_words
-            here, long = long[fits], long[~fits]
+        short, *longer = self._tables
+        (keys,) = keys_of(words, starts, lengths, KEY_WORDS[0])
+        at, values = short.find(keys, ids)
+        sizes = lengths[at]
+        for table, num_words in zip(longer, KEY_WORDS[1:], strict=True):
+            high = WORD_BYTES * num_words
+            here = np.flatnonzero((sizes > high // 2) & (sizes <= high))
             if here.size:
-                values[here] = table.find(keys_of(words, starts[here], lengths[here], num_words))
-        values[long] = MISSING
-        return values
+                keys = keys_of(words, starts[at[here]], sizes[here], num_words)
+                values[here] = table.find(keys)
+        several = values >= TWO
+        single, several = np.flatnonzero(~several), np.flatnonzero(several)
+        ids[at[single]] = values[single]
+        return at[several], values[several]
 
     def tokens(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The ids of pieces of several tokens each (values of TWO and above, but MISSING).
@@ -106,11 +117,13 @@ class PieceCache:
         """
         ends = np.cumsum(counts)
         first = ends - counts
-        places = np.where(counts == 1, ids[first], self._used + first)
-        values = (counts.view(np.uint64) << _COUNT_SHIFT) | places.astype(np.uint64)
+        values = (counts.view(np.uint64) << _COUNT_SHIFT) | (self._used + first).astype(np.uint64)
+        single = counts == 1
+        values[single] = ids[first[single]]
         self._store(ids)
         if keys is not None:
-            self._tables[KEY_WORDS.index(len(keys))].insert(keys, values)
+            table = self._tables[KEY_WORDS.index(len(keys))]
+            table.insert(*keys, values) if isinstance(table, WordTable) else table.insert(keys, values)
         return values
 
     def make_room(self) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 WORD_BYTES = 8
 MISSING = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # the value of a key that is not there
 
-_PLACES = 4
+_PLACES_LOG2 = 2
+_PLACES = 1 << _PLACES_LOG2
 _INSERT_ROUNDS = 3
 _NO_KEY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # not UTF-8, so no piece
 _MULTIPLIERS = np.array(
@@ -55,8 +56,91 @@ def keys_of(
     return keys
 
 
+class WordTable:
+    """Values of pieces of up to 8 bytes.
+
+    A place is a word: what of the key's hash its number does not say, and a code. Multiplying by
+    an odd number loses nothing, so the place says exactly which key is there; the code is the
+    value itself where it is small, as single tokens are.
+
+    Args:
+        slots_log2: Logarithm of the number of places, each of 16 bytes.
+    """
+
+    def __init__(self, slots_log2: int) -> None:
+        self._shift = np.uint64(64 - slots_log2)
+        self._code_bits = np.uint64(slots_log2 - _PLACES_LOG2)
+        self._other = np.uint64((1 << int(self._code_bits)) - 2)  # the value is no code
+        self._entries = np.empty(1 << slots_log2, np.uint64)
+        self.values = np.empty(1 << slots_log2, np.uint64)  # 0 where a place is empty
+        self._turn = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries[:] = _NO_KEY
+        self.values[:] = 0
+
+    def find(self, keys: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Look keys up.
+
+        Args:
+            keys: Shape (n,), uint64; 0 is never found.
+            codes: To be filled with the small values, shape (n,), any type that they fit.
+
+        Returns:
+            Indices of the other keys, rising, and their values; MISSING if they are not there.
+        """
+        hashed = keys * _MULTIPLIERS[0]
+        slots = (hashed >> self._shift).view(np.int64)
+        hashed <<= self._code_bits
+        entries = np.take(self._entries, slots, mode="clip")
+        entries ^= hashed  # what is left of the right one is its code
+        np.copyto(codes, entries, casting="unsafe")
+        at = np.flatnonzero(entries >= self._other)
+        entries, hashed = np.take(entries, at, mode="clip"), np.take(hashed, at, mode="clip")
+        values = np.full(len(at), MISSING)
+        other = np.flatnonzero(entries == self._other)
+        values[other] = np.take(self.values, slots[at[other]], mode="clip")
+        rest = np.flatnonzero((entries > self._other) & (hashed != 0))
+        slots, hashed, entries = slots[at[rest]], hashed[rest], entries[rest]
+        entries ^= hashed
+        for place in range(1, _PLACES):
+            # Places are taken in this order and never left: behind an empty one there is nothing.
+            taken = np.flatnonzero(entries != _NO_KEY)
+            if not taken.size:
+                break
+            rest, slots, hashed = rest[taken], slots[taken], hashed[taken]
+            entries = np.take(self._entries, slots ^ place, mode="clip")
+            right = (entries ^ hashed) <= self._other
+            found = np.flatnonzero(right)
+            values[rest[found]] = np.take(self.values, slots[found] ^ place, mode="clip")
+            entries[found] = _NO_KEY  # done
+        return at, values
+
+    def insert(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """Add keys that are not in the table; a few may be lost to others that came with them."""
+        hashed = keys * _MULTIPLIERS[0]
+        first = (hashed >> self._shift).view(np.int64)
+        entries = (hashed << self._code_bits) | np.minimum(values, self._other)
+        for _ in range(_INSERT_ROUNDS):
+            slots = first.copy()
+            taken = np.flatnonzero(self._entries[slots] != _NO_KEY)
+            for place in range(1, _PLACES):
+                slots[taken] = first[taken] ^ place
+                taken = taken[self._entries[slots[taken]] != _NO_KEY]
+            self._turn += 1
+            slots[taken] ^= (taken + self._turn) % _PLACES
+            self._entries[slots] = entries
+            self.values[slots] = values
+            lost = self._entries[slots] != entries  # two keys went to one place
+            if not lost.any():
+                return
+            first, entries, values = first[lost], entries[lost], values[lost]
+
+
 class PieceTable:
-    """Values of pieces whose keys have a given number of words.
+    """Values of longer pieces.
 
     Args:
         num_words: Words of a key.

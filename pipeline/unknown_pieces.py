@@ -91,7 +91,9 @@ class UnknownPieces:
         lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
         starts = np.cumsum(lengths) - lengths
         raw = b"".join(pieces)
-        new = self._cache.find(raw + bytes(WORD_BYTES), starts, lengths) == MISSING
+        text, ids = raw + bytes(WORD_BYTES), np.empty(len(pieces), np.uint32)
+        at, found = self._cache.find(text, starts, lengths, ids)
+        new = at[found == MISSING]
         self.encode(raw, starts[new], lengths[new])
 
     def _tokens(self, wide: _Group, two: _Group, one: _Group) -> Iterator[Tokens]:
