@@ -8,7 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline import ragged
-from pipeline.piece_table import WORD_BYTES, PieceTable, WordTable, keys_of, words_of
+from pipeline.piece_table import (
+    WORD_BYTES,
+    PieceTable,
+    ShortTable,
+    first_words,
+    keys_of,
+    word_of,
+    words_of,
+)
 
 # A value is a token, or if there are several, their number in the high half, and the place of the
 # first one in the store in the low half.
@@ -16,9 +24,10 @@ _COUNT_SHIFT = np.uint64(32)
 _LOW = np.uint64(0xFFFF_FFFF)
 TWO = np.uint64(2 << 32)
 
-KEY_WORDS = (1, 2, 4)  # of the tables: pieces of up to 8, 16 and 32 bytes
+KEY_WORDS = (2, 4)  # of the tables: pieces of up to 16 and 32 bytes
+_SHORT_BYTES = WORD_BYTES * KEY_WORDS[0]
 MAX_PIECE_BYTES = WORD_BYTES * KEY_WORDS[-1]
-_SLOTS_LOG2 = (20, 18, 14)  # 8, 4 and 1 MiB
+_SLOTS_LOG2 = (20, 14)  # 24 and 1 MiB
 _STORED_TOKENS = 1 << 21  # 8 MiB
 _MAX_LOAD = 1 / 8  # of a table by the vocabulary alone
 _PAD_WORDS = WORD_BYTES * (KEY_WORDS[-1] - 1)
@@ -34,19 +43,19 @@ class PieceCache:
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         self._vocabulary = []
-        self._tables = []
+        slots_log2 = []
         low = 0
-        for num_words, slots_log2 in zip(KEY_WORDS, _SLOTS_LOG2, strict=True):
+        for num_words, least in zip(KEY_WORDS, _SLOTS_LOG2, strict=True):
             high = WORD_BYTES * num_words
             # the lowest ranks last: they come most often, and get the first places
             known = [(t, r) for t, r in ranks.items() if low < len(t) <= high and 0 not in t][::-1]
             keys = ragged.padded([token for token, _ in known], high).view("<u8")
-            self._vocabulary.append((list(keys.T), np.array([rank for _, rank in known], np.uint32)))
-            needed = int(len(known) / _MAX_LOAD).bit_length()
-            slots_log2 = max(slots_log2, needed)
-            one = num_words == 1
-            self._tables.append(WordTable(slots_log2) if one else PieceTable(num_words, slots_log2))
+            self._vocabulary.append((list(keys.T), np.array([r for _, r in known], np.uint32)))
+            slots_log2.append(max(least, int(len(known) / _MAX_LOAD).bit_length()))
             low = high
+        self._short = ShortTable(slots_log2[0])
+        self._wide = PieceTable(KEY_WORDS[1], slots_log2[1])
+        self._tables = (self._short, self._wide)
         self._words = np.empty(0, np.uint64)
         self._clear()
 
@@ -77,16 +86,19 @@ class PieceCache:
             lengths = lengths.copy()
             lengths[np.searchsorted(starts, zeros, side="right") - 1] = MAX_PIECE_BYTES + 1
 
-        short, *longer = self._tables
-        (keys,) = keys_of(words, starts, lengths, KEY_WORDS[0])
-        at, values = short.find(keys, ids)
-        sizes = lengths[at]
-        for table, num_words in zip(longer, KEY_WORDS[1:], strict=True):
-            high = WORD_BYTES * num_words
-            here = np.flatnonzero((sizes > high // 2) & (sizes <= high))
-            if here.size:
-                keys = keys_of(words, starts[at[here]], sizes[here], num_words)
-                values[here] = table.find(keys)
+        first = first_words(words, starts, lengths)
+        long = np.flatnonzero(lengths > WORD_BYTES)
+        sizes = lengths[long]
+        wide = np.empty(0, np.int64)
+        if sizes.size and sizes.max() > _SHORT_BYTES:
+            fits = sizes <= _SHORT_BYTES
+            wide, long, sizes = long[~fits], long[fits], sizes[fits]
+        second = word_of(words, starts[long], sizes, 1)
+        at, values = self._short.find(first, long, second, ids)
+        wide = wide[lengths[wide] <= MAX_PIECE_BYTES]
+        if wide.size:
+            keys = keys_of(words, starts[wide], lengths[wide], KEY_WORDS[1])
+            values[np.searchsorted(at, wide)] = self._wide.find(keys)
         several = values >= TWO
         single, several = np.flatnonzero(~several), np.flatnonzero(several)
         ids[at[single]] = values[single]
@@ -122,8 +134,10 @@ class PieceCache:
         values[single] = ids[first[single]]
         self._store(ids)
         if keys is not None:
-            table = self._tables[KEY_WORDS.index(len(keys))]
-            table.insert(*keys, values) if isinstance(table, WordTable) else table.insert(keys, values)
+            if len(keys) == KEY_WORDS[0]:
+                self._short.insert(*keys, values)
+            else:
+                self._wide.insert(keys, values)
         return values
 
     def make_room(self) -> None:

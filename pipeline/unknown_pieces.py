@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,7 +21,6 @@ from pipeline.piece_table import MISSING, WORD_BYTES, keys_of, words_of
 if TYPE_CHECKING:
     import tiktoken
 
-_SEPARATOR = 0
 _PLACES_PER_KEY = 8  # when distinct ones are looked for
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _FEW_PIECES = 1000  # of which tiktoken encodes each faster than Merges all together
@@ -31,9 +29,10 @@ Tokens = tuple[np.ndarray, np.ndarray]  # ids of pieces joined, and how many eac
 
 
 class _Group(NamedTuple):
-    """Distinct pieces, the longest first: their keys, and how long they are."""
+    """Distinct pieces, the longest first: their keys, and where they are."""
 
     keys: list[np.ndarray]
+    starts: np.ndarray
     lengths: np.ndarray
 
 
@@ -47,8 +46,6 @@ class UnknownPieces:
 
     def __init__(self, encoding: tiktoken.Encoding, cache: PieceCache) -> None:
         self._encoding, self._cache = encoding, cache
-        self._pieces = _piece_encoding(encoding)
-        self._separator = encoding._mergeable_ranks[bytes([_SEPARATOR])]
         try:
             self.merges: Merges | None = Merges(encoding._mergeable_ranks)
         except ValueError:
@@ -70,18 +67,17 @@ class UnknownPieces:
         order = np.argsort(~lengths_as_keys, kind="stable")  # the longest first, as Merges wants it
         starts, lengths, lengths_as_keys = starts[order], lengths[order], lengths_as_keys[order]
         begin = int(np.count_nonzero(lengths_as_keys > MAX_PIECE_BYTES))
-        values = [self._one_by_one(raw, starts[:begin], lengths[:begin])]
-        groups, places = [], []
-        for num_words in reversed(KEY_WORDS):
-            shorter = num_words // 2 * WORD_BYTES
-            end = int(np.count_nonzero(lengths_as_keys > shorter))
-            keys = keys_of(words, starts[begin:end], lengths[begin:end], num_words)
+        tokens = self._one_by_one(raw, starts[:begin], lengths[:begin])
+        values = [self._cache.learn(None, *tokens)]
+        for low, num_words in ((KEY_WORDS[0] * WORD_BYTES, KEY_WORDS[1]), (0, KEY_WORDS[0])):
+            end = int(np.count_nonzero(lengths_as_keys > low))
+            here = slice(begin, end)
+            keys = keys_of(words, starts[here], lengths[here], num_words)
             distinct, which = _distinct(keys)
-            groups.append(_Group([key[distinct] for key in keys], lengths[begin:end][distinct]))
-            places.append(which)
+            keys = [key[distinct] for key in keys]
+            group = _Group(keys, starts[here][distinct], lengths[here][distinct])
+            values.append(self._cache.learn(keys, *self._tokens(group, raw))[which])
             begin = end
-        for group, which, tokens in zip(groups, places, self._tokens(*groups), strict=True):
-            values.append(self._cache.learn(group.keys, *tokens)[which])
         unsorted = np.empty(len(order), np.uint64)
         unsorted[order] = np.concatenate(values)
         return unsorted
@@ -96,39 +92,20 @@ class UnknownPieces:
         new = at[found == MISSING]
         self.encode(raw, starts[new], lengths[new])
 
-    def _tokens(self, wide: _Group, two: _Group, one: _Group) -> Iterator[Tokens]:
-        """Tokens of pieces whose keys have 4 words, 2 words, and one."""
-        yield self._joined(wide)
-        lengths = np.concatenate([two.lengths, one.lengths])
-        if self.merges is None or len(lengths) < _FEW_PIECES:
-            yield self._joined(two)
-            yield self._joined(one)
-            return
-        first = np.concatenate([two.keys[0], one.keys[0]])
-        ids, counts = self.merges.encode([first, two.keys[1]], lengths)
-        num_two = len(two.lengths)
-        num_ids = counts[:num_two].sum()
-        yield ids[:num_ids], counts[:num_two]
-        yield ids[num_ids:], counts[num_two:]
+    def _tokens(self, group: _Group, raw: bytes) -> Tokens:
+        """Tokens of all pieces of one kind of key."""
+        first, second, *more = group.keys
+        if more or self.merges is None or len(first) < _FEW_PIECES:
+            return self._one_by_one(raw, group.starts, group.lengths)
+        num_long = np.count_nonzero(second)
+        return self.merges.encode([first, second[:num_long]], group.lengths)
 
-    def _joined(self, group: _Group) -> Tokens:
-        """By tiktoken, in one call."""
-        pieces = np.stack(group.keys, axis=1).view(np.uint8)
-        joined = np.zeros((len(pieces), pieces.shape[1] + 1), np.uint8)
-        joined[:, :-1] = pieces
-        keep = joined != _SEPARATOR
-        keep[:, -1] = True  # a separator
-        ids = self._pieces.encode_to_numpy(joined[keep].tobytes().decode(), disallowed_special=())
-        separators = np.flatnonzero(ids == self._separator)
-        return np.delete(ids, separators), np.diff(separators, prepend=-1) - 1
-
-    def _one_by_one(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Values of pieces that have no keys."""
+    def _one_by_one(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> Tokens:
+        """By tiktoken."""
         bounds = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
         ids = [self._encoding._encode_single_piece(raw[begin:end]) for begin, end in bounds]
         counts = np.fromiter(map(len, ids), np.int64, len(ids))
-        joined = np.fromiter(itertools.chain.from_iterable(ids), np.uint32, counts.sum())
-        return self._cache.learn(None, joined, counts)
+        return np.fromiter(itertools.chain.from_iterable(ids), np.uint32, counts.sum()), counts
 
 
 def _lengths_as_keys(raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -159,15 +136,3 @@ def _distinct(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     owners[: len(rows)][distinct] = np.arange(len(distinct))
     which = np.take(owners, first, mode="clip")
     return distinct, which
-
-
-def _piece_encoding(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
-    """The same ranks with a pattern that splits at zero bytes only: many pieces in one call."""
-    import tiktoken
-
-    return tiktoken.Encoding(
-        f"{encoding.name}-pieces",
-        pat_str=r"[^\x00]+|\x00",
-        mergeable_ranks=encoding._mergeable_ranks,
-        special_tokens={},
-    )
