@@ -28,6 +28,7 @@ import time
 from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -128,14 +129,18 @@ def unknown(name: str, vocab_size: int | None, documents: list[str]) -> dict[flo
         encoder = load(name, vocab_size)
         seen = blocks(shuffled[: len(shuffled) // part])
         timed(encoder, seen, 0)
-        found: list[np.ndarray] = []
+        counts = np.zeros(2, np.int64)
         find = encoder._cache.find
-        encoder._cache.find = lambda *arguments, find=find, found=found: (  # type: ignore[method-assign]
-            found.append(find(*arguments)) or found[-1]
-        )
+
+        def counted(*arguments: Any, find: Any = find, counts: np.ndarray = counts) -> Any:
+            at, values = find(*arguments)
+            counts += np.count_nonzero(values == MISSING), len(arguments[1])
+            return at, values
+
+        encoder._cache.find = counted  # type: ignore[method-assign]
         timed(encoder, other[:1], 0)
-        missing = sum(int(np.count_nonzero(values == MISSING)) for values in found)
-        shares[sum(len(block[0]) for block in seen) / 1e6] = missing / sum(map(len, found))
+        missing, pieces = counts.tolist()
+        shares[sum(len(block[0]) for block in seen) / 1e6] = missing / pieces
     return shares
 
 

@@ -4,15 +4,14 @@ Runs in: tokenizers. Pure: no I/O, no clock, no process.
 
 A byte-pair encoding encodes each piece of its pattern on its own, and text repeats its pieces. So
 a block is split into pieces with array operations (pieces), each piece is looked up in a table
-(piece_cache), and only the distinct pieces that are not in it are encoded: many at once by their
-merges (merges), few and long ones by tiktoken.
+(piece_cache), and only the pieces that are not in it are encoded (unknown_pieces).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,20 +19,17 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import ragged
-from pipeline.merges import MAX_BYTES, Merges
-from pipeline.piece_cache import KEY_WORDS, MAX_PIECE_BYTES, TWO, PieceCache
-from pipeline.piece_table import MISSING, WORD_BYTES, keys_of, words_of
+from pipeline.likely_pieces import likely_pieces
+from pipeline.piece_cache import TWO, PieceCache
+from pipeline.piece_table import MISSING
 from pipeline.pieces import PAD_BYTES
+from pipeline.unknown_pieces import UnknownPieces
 
 if TYPE_CHECKING:
     import tiktoken
 
 _CHUNK_BYTES = 1 << 19  # what the arrays of one step hold stays in the processor's cache
 _UINT16_IDS = 1 << 16
-_SEPARATOR = 0
-_PLACES_PER_KEY = 8  # when distinct ones are looked for
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_FEW_PIECES = 1000  # of which tiktoken encodes each faster than Merges all together
 
 
 class Splitter(Protocol):
@@ -53,6 +49,8 @@ class ColumnarEncoder:
         cut: Where a long document may be cut; see encoding.safe_cut.
         eot: End-of-text token.
         vocab_size: Ids are below this.
+        words: Tokens of a vocabulary whose words the texts are likely to hold; the encoding's own
+            where it is left out.
     """
 
     def __init__(
@@ -62,12 +60,12 @@ class ColumnarEncoder:
         cut: Callable[[bytes, int], int],
         eot: int,
         vocab_size: int,
+        words: Iterable[bytes] | None = None,
     ) -> None:
         self._encoding, self._splitter, self._cut = encoding, splitter, cut
-        self._pieces = _piece_encoding(encoding)
         self.eot, self.vocab_size = eot, vocab_size
         self.dtype = np.dtype(np.uint16 if vocab_size <= _UINT16_IDS else np.uint32)
-        self._separator = encoding._mergeable_ranks[bytes([_SEPARATOR])]
+        self._words = encoding._mergeable_ranks if words is None else words
         self._first_ids = np.empty(0, self.dtype)
 
     # Made by prepare, or when they are needed: the supervisor and the trainer encode nothing.
@@ -77,15 +75,15 @@ class ColumnarEncoder:
         return PieceCache(self._encoding._mergeable_ranks)
 
     @functools.cached_property
-    def _merges(self) -> Merges | None:
-        try:
-            return Merges(self._encoding._mergeable_ranks)
-        except ValueError:
-            return None
+    def _unknown(self) -> UnknownPieces:
+        unknown = UnknownPieces(self._encoding, self._cache)
+        if unknown.merges is not None:
+            unknown.learn(likely_pieces(self._words))
+        return unknown
 
     def prepare(self) -> None:
         """See encoding.Encoder; a tenth of a second for gpt2."""
-        _ = self._cache, self._merges
+        _ = self._cache, self._unknown
 
     def decode(self, ids: list[int]) -> str:
         """See encoding.Encoder."""
@@ -116,10 +114,8 @@ class ColumnarEncoder:
             lengths = np.empty_like(starts)
             np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
             lengths[-1] = end - begin - starts[-1]
-            found = self._cache.find(text, starts, lengths)
-            self._first_ids[num_pieces : num_pieces + len(starts)] = found
-            at = np.flatnonzero(found >= TWO)
-            found = found[at]
+            ids = self._first_ids[num_pieces : num_pieces + len(starts)]
+            at, found = self._cache.find(text, starts, lengths, ids)
             missing = at[found == MISSING]
             documents.append(np.searchsorted(starts, inner) + num_pieces)
             several.append(at + num_pieces)
@@ -135,7 +131,7 @@ class ColumnarEncoder:
         )
         starts, lengths = np.concatenate([np.empty((2, 0), np.int64), *unknown], axis=1)
         if starts.size:
-            self._fill(pieces, self._encode(raw, starts, lengths))
+            self._fill(pieces, self._unknown.encode(raw, starts, lengths))
         return pieces
 
     @staticmethod
@@ -162,48 +158,6 @@ class ColumnarEncoder:
                 end = begin + cut if cut else document_end
             yield begin, end
             begin = end
-
-    def _encode(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Values of missing pieces, learned for the next time."""
-        text = raw + bytes(MAX_PIECE_BYTES)
-        words = words_of(text)
-        key_lengths = lengths
-        if raw.find(0) >= 0:  # they cannot be in keys
-            zeros = np.flatnonzero(np.frombuffer(raw, np.uint8) == 0)
-            any_zero = np.diff(np.searchsorted(zeros, [starts, starts + lengths]), axis=0)[0] > 0
-            key_lengths = np.where(any_zero, MAX_PIECE_BYTES + 1, lengths)
-        values = np.empty(len(starts), np.uint64)
-        low = 0
-        for num_words in KEY_WORDS:
-            high = WORD_BYTES * num_words
-            here = np.flatnonzero((low < key_lengths) & (key_lengths <= high))
-            low = high
-            if here.size:
-                keys = keys_of(words, starts[here], lengths[here], num_words)
-                distinct, which = _distinct(keys)
-                pieces = distinct.view(np.uint8)
-                values[here] = self._cache.learn(distinct, *self._bpe(pieces))[which]
-        here = np.flatnonzero(key_lengths > MAX_PIECE_BYTES)
-        if here.size:
-            pieces = [raw[a : a + n] for a, n in zip(starts[here], lengths[here], strict=True)]
-            ids = [self._encoding._encode_single_piece(piece) for piece in pieces]
-            counts = np.fromiter(map(len, ids), np.int64, len(ids))
-            joined = np.fromiter(itertools.chain.from_iterable(ids), np.uint32, counts.sum())
-            values[here] = self._cache.learn(None, joined, counts)
-        return values
-
-    def _bpe(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As Merges.encode, of any width."""
-        many = pieces.shape[1] <= MAX_BYTES and len(pieces) >= _FEW_PIECES
-        if many and self._merges is not None:
-            return self._merges.encode(pieces)
-        joined = np.zeros((len(pieces), pieces.shape[1] + 1), np.uint8)
-        joined[:, :-1] = pieces
-        keep = joined != 0
-        keep[:, -1] = True  # a separator
-        ids = self._pieces.encode_to_numpy(joined[keep].tobytes().decode(), disallowed_special=())
-        separators = np.flatnonzero(ids == self._separator)
-        return np.delete(ids, separators), np.diff(separators, prepend=-1) - 1
 
     def _gather(self, pieces: _Pieces) -> np.ndarray:
         """Token ids of all pieces, and the end of text before each document."""
@@ -245,38 +199,6 @@ class _Pieces:
     several: np.ndarray
     values: np.ndarray
     documents: np.ndarray
-
-
-def _distinct(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct ones of keys, shape (k, n_words), and for each key, which of them it is.
-
-    A key whose place in the hash table went to another may come more than once.
-    """
-    rows = np.arange(len(keys[0]))
-    hashed = functools.reduce(lambda mixed, key: (mixed ^ key) * _MULTIPLIER, keys, np.uint64(0))
-    bits = int(_PLACES_PER_KEY * len(rows)).bit_length()
-    slots = (hashed >> np.uint64(64 - bits)).view(np.int64)
-    owners = np.empty(1 << bits, np.int64)
-    owners[slots] = rows
-    first = np.take(owners, slots, mode="clip")
-    for key in keys:
-        first = np.where(np.take(key, first, mode="clip") == key, first, rows)
-    distinct = np.flatnonzero(first == rows)
-    owners[: len(rows)][distinct] = np.arange(len(distinct))
-    which = np.take(owners, first, mode="clip")
-    return np.stack([key[distinct] for key in keys], axis=1), which
-
-
-def _piece_encoding(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
-    """The same ranks with a pattern that splits at zero bytes only: many pieces in one call."""
-    import tiktoken
-
-    return tiktoken.Encoding(
-        f"{encoding.name}-pieces",
-        pat_str=r"[^\x00]+|\x00",
-        mergeable_ranks=encoding._mergeable_ranks,
-        special_tokens={},
-    )
 
 
 def _check_utf8(raw: bytes, offsets: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -147,10 +147,16 @@ def load(name: str, vocab_size: int | None) -> Encoder:
         mergeable_ranks={t: rank for t, rank in full._mergeable_ranks.items() if rank < eot},
         special_tokens={"<|endoftext|>": eot},
     )
-    return _encoder(name, cut, eot, size)
+    return _encoder(name, cut, eot, size, full._mergeable_ranks)
 
 
-def _encoder(name: str, encoding: tiktoken.Encoding, eot: int, vocab_size: int) -> Encoder:
+def _encoder(
+    name: str,
+    encoding: tiktoken.Encoding,
+    eot: int,
+    vocab_size: int,
+    words: Iterable[bytes] | None = None,
+) -> Encoder:
     """Columnar where the encoding's pattern is known to the letter, tiktoken for every other."""
     from pipeline import codepoints, columnar, pieces, pieces_cl100k
 
@@ -162,7 +168,7 @@ def _encoder(name: str, encoding: tiktoken.Encoding, eot: int, vocab_size: int) 
     if splitter is None:
         return TiktokenEncoder(encoding, eot, vocab_size)
     return columnar.ColumnarEncoder(
-        encoding, splitter(codepoints.classes()), safe_cut(name), eot, vocab_size
+        encoding, splitter(codepoints.classes()), safe_cut(name), eot, vocab_size, words
     )
 
 

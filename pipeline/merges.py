@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import ragged
+from pipeline.piece_table import WORD_BYTES
 
 MAX_BYTES = 16  # of a piece
 _BATCH = 1 << 14  # pieces
@@ -24,6 +25,7 @@ _ROW_BITS = np.uint64(5)
 _ROW = np.uint32((1 << 5) - 1)
 NO_MERGE = np.uint32(0xFFFF_FFFF)
 _BIT = np.uint32(1)
+_HIGHEST_BIT = np.log2(np.arange(1 << MAX_BYTES).clip(1)).astype(np.uint32)  # of a number
 # Two tokens and a merge fill 62 bits of a table's entry.
 _TOKEN_BITS = np.uint64(19)
 MAX_TOKEN = 1 << 19
@@ -54,93 +56,139 @@ class Merges:
         # By byte and by two bytes; a zero byte is what pieces are filled up with.
         self._bytes = np.array([ranks[bytes([byte])] for byte in range(256)], np.uint32)
         self._bytes[0] = self._none
-        first, second = np.divmod(np.arange(1 << 16), 256)
+        second, first = np.divmod(np.arange(1 << 16), 256)
         self._byte_pairs = self._pairs.find(self._bytes[first], self._bytes[second])
+        self._keep_met(short)
+
+    def _keep_met(self, ranks: dict[bytes, int]) -> None:
+        """Keep only the pairs that are ever met: of every token the last one that its merges join.
+        Tokens never part, so a piece that holds a token's bytes has come to them as the token
+        alone does. Of gpt2 it is one pair in three, and a table that is half as large."""
+        tokens = sorted((token for token in ranks if 0 not in token), key=len, reverse=True)
+        words = ragged.padded(tokens, MAX_BYTES).view("<u8")
+        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+        met = np.full((2, self._none), self._none, np.uint32)
+        _, counts = self.encode(list(words.T), lengths, met)
         # tiktoken takes a piece that is a token as it is. Here it has to come out of the merges.
-        tokens = [token for token in short if 0 not in token]
-        _, counts = self.encode(ragged.padded(tokens, MAX_BYTES))
         if odd := np.count_nonzero(counts != 1):
             raise ValueError(f"{odd} tokens are not what their merges give")
+        merged = np.flatnonzero(met[0] != self._none)
+        self._pairs = PairTable(met[0, merged], met[1, merged], merged.astype(np.uint32))
 
-    def encode(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, words: list[np.ndarray], lengths: np.ndarray, met: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of pieces by the merges alone.
 
         Args:
-            pieces: Their bytes, filled up with zeros, shape (n, width ≤ MAX_BYTES), uint8; none is
-                empty or contains zeros.
+            words: Their bytes, 8 to a word, filled up with zeros: arrays of uint64, the first of
+                shape (n,); the second holds those of the pieces that are longer than 8, or more.
+            lengths: How long they are, shape (n,), falling, at most MAX_BYTES; none is empty or
+                contains zeros.
+            met: To be filled with what was merged to each token, shape (2, tokens).
 
         Returns:
             Their ids joined, uint32, and each piece's number of tokens, shape (n,), int64.
         """
         ids, counts = [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
-        for first in range(0, len(pieces), _BATCH):
-            some = self._encode_batch(pieces[first : first + _BATCH].T.copy())
+        for first in range(0, len(lengths), _BATCH):
+            here = slice(first, first + _BATCH)
+            tokens, merges = self._begin([word[here] for word in words], lengths[here])
+            heads = self._merge(tokens, merges, lengths[here].astype(np.uint32), met)
+            some = _collect(tokens, heads)
             ids.append(some[0])
             counts.append(some[1])
         return np.concatenate(ids), np.concatenate(counts)
 
-    def _encode_batch(self, letters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _begin(self, words: list[np.ndarray], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Column k holds piece k: byte j of it, later the token that starts there, in row j + 1.
         # Rows 0 and length + 1 hold what merges with nothing.
-        width, num = letters.shape
+        num, width = len(lengths), int(lengths[0])
         tokens = np.full((width + 2, num), self._none, np.uint32)
-        np.take(self._bytes, letters, out=tokens[1:-1], mode="clip")
         merges = np.full((width + 2, num), NO_MERGE, np.uint32)  # of each token and the next one
-        pairs = letters[:-1].astype(np.int64) << 8
-        pairs |= letters[1:]
-        np.take(self._byte_pairs, pairs, out=merges[1:width], mode="clip")
-        merges[1:width] |= np.arange(1, width, dtype=np.uint32)[:, None]
-        inside = letters != 0
-        heads = self._merge(tokens, merges, inside.sum(axis=0, dtype=np.uint32))
-        alive = (heads[:, None] >> np.arange(1, width + 1, dtype=np.uint32)) & 1 != 0
-        alive &= inside.T
-        return tokens[1:-1].T[alive], alive.sum(axis=1)
+        longer = np.searchsorted(-lengths, -np.arange(width))  # pieces of more than j bytes
+        for j, count in enumerate(longer):
+            word, byte = divmod(j, WORD_BYTES)
+            two = words[word][:count] >> np.uint64(8 * byte)
+            if byte == WORD_BYTES - 1 and word + 1 < len(words):
+                following = words[word + 1][:count]
+                two[: len(following)] |= following << np.uint64(8)
+            two &= np.uint64(0xFFFF)
+            pairs = merges[j + 1, :count]
+            np.take(self._byte_pairs, two.view(np.int64), out=pairs, mode="clip")
+            pairs |= np.uint32(j + 1)
+            two &= np.uint64(0xFF)
+            np.take(self._bytes, two.view(np.int64), out=tokens[j + 1, :count], mode="clip")
+        return tokens, merges
 
-    def _merge(self, tokens: np.ndarray, merges: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def _merge(
+        self, tokens: np.ndarray, merges: np.ndarray, lengths: np.ndarray, met: np.ndarray | None
+    ) -> np.ndarray:
         """Merge until nothing merges, in place.
 
         Returns:
-            For each piece a number whose bits are the rows at which tokens start, shape (n,).
+            For each piece a number whose bits are the rows at which tokens start, and of the two
+            that merge with nothing; shape (n,).
         """
         num = tokens.shape[1]
-        # Rows at which tokens start, the ones that merge with nothing too: as bits from the lowest
-        # and from the highest one on, to find the next row and the previous one.
-        up = (np.uint32(1) << (lengths + 2)) - np.uint32(1)
-        down = ~np.uint32(0) << (30 - lengths)
         flat_tokens, flat_merges = tokens.reshape(-1), merges.reshape(-1)
+        heads = (_BIT << (lengths + np.uint32(2))) - _BIT
+        piece, starts, least = np.arange(num), heads.copy(), merges.min(axis=0)
         while True:
-            least = merges.min(axis=0)
-            piece = np.flatnonzero(least != NO_MERGE)
-            if not piece.size:
-                return up
-            least = least[piece]
-            merged = least >> np.uint32(5)
-            left = least & _ROW
-            rising = up[piece]
-            right = left + _trailing_zeros(rising >> (left + 1))
-            rising ^= _BIT << right
-            up[piece] = rising
-            falling = down[piece]
-            falling ^= _BIT << (31 - right)
-            down[piece] = falling
-            beyond = left + _trailing_zeros(rising >> (left + 1))
-            previous = left - _trailing_zeros(falling >> (32 - left))
-            at, at_previous = _flat(left, num, piece), _flat(previous, num, piece)
-            flat_tokens[at] = merged
-            flat_merges[_flat(right, num, piece)] = NO_MERGE
-            new = self._pairs.find(merged, flat_tokens[_flat(beyond, num, piece)])
-            flat_merges[at] = new | left
-            new = self._pairs.find(flat_tokens[at_previous], merged)
-            flat_merges[at_previous] = new | previous
+            going = np.flatnonzero(least != NO_MERGE)
+            if len(going) < len(piece):
+                heads[piece] = starts
+                if not going.size:
+                    return heads
+                piece, starts, least = (
+                    np.take(some, going, mode="clip") for some in (piece, starts, least)
+                )
+            # Of the left and the right token, and of their neighbours.
+            rows = np.empty((4, len(piece)), np.uint32)
+            left, previous, right, beyond = rows
+            np.bitwise_and(least, _ROW, out=left)
+            bit = _BIT << left
+            behind = starts & -(bit << _BIT)
+            lowest = behind & -behind
+            starts ^= lowest  # the right token starts no more
+            behind ^= lowest
+            behind &= -behind
+            right[:] = np.bitwise_count(lowest - _BIT)
+            beyond[:] = np.bitwise_count(behind - _BIT)
+            np.take(_HIGHEST_BIT, starts & (bit - _BIT), out=previous, mode="clip")
+            at = rows.astype(np.int64)
+            at *= num
+            at += piece
+
+            merged = least >> np.uint32(_ROW_BITS)
+            if met is not None:
+                met[:, merged] = flat_tokens[at[::2]]
+            flat_tokens[at[0]] = merged
+            flat_merges[at[2]] = NO_MERGE
+            lefts, rights = np.empty((2, 2, len(piece)), np.uint32)
+            lefts[0] = rights[1] = merged
+            np.take(flat_tokens, at[3], out=rights[0], mode="clip")
+            np.take(flat_tokens, at[1], out=lefts[1], mode="clip")
+            new = self._pairs.find(lefts.reshape(-1), rights.reshape(-1)).reshape(2, -1)
+            new |= rows[:2]
+            flat_merges[at[:2]] = new
+            least = np.take(merges[:, : piece[-1] + 1].min(axis=0), piece, mode="clip")
 
 
-def _trailing_zeros(bits: np.ndarray) -> np.ndarray:
-    """The number of the lowest bit that is set, from 1 on."""
-    return np.bitwise_count(bits ^ (bits - 1))
-
-
-def _flat(rows: np.ndarray, num: int, columns: np.ndarray) -> np.ndarray:
-    return rows.astype(np.int64) * num + columns
+def _collect(tokens: np.ndarray, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What Merges.encode returns, from the matrix of tokens and the rows at which they start."""
+    num = len(heads)
+    counts = np.bitwise_count(heads).astype(np.int64) - 2
+    ends = np.cumsum(counts)
+    ids = np.empty(ends[-1], np.uint32)
+    flat, at, piece, rest = tokens.reshape(-1), ends - counts, np.arange(num), heads ^ _BIT
+    while piece.size:
+        row = np.bitwise_count((rest & -rest) - _BIT).astype(np.int64)
+        ids[at] = np.take(flat, row * num + piece, mode="clip")
+        rest &= rest - _BIT
+        more = np.flatnonzero(rest & (rest - _BIT))  # the last one merges with nothing
+        rest, at, piece = rest[more], at[more] + 1, piece[more]
+    return ids, counts
 
 
 class PairTable:

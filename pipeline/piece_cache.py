@@ -8,17 +8,26 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline import ragged
-from pipeline.piece_table import MISSING, WORD_BYTES, PieceTable, keys_of, words_of
+from pipeline.piece_table import (
+    WORD_BYTES,
+    PieceTable,
+    ShortTable,
+    first_words,
+    keys_of,
+    word_of,
+    words_of,
+)
 
-# A value is a number of tokens in the high half, and in the low half the token itself if it is
-# one, or else the place of the first one in the store.
+# A value is a token, or if there are several, their number in the high half, and the place of the
+# first one in the store in the low half.
 _COUNT_SHIFT = np.uint64(32)
 _LOW = np.uint64(0xFFFF_FFFF)
 TWO = np.uint64(2 << 32)
 
-KEY_WORDS = (1, 2, 4)  # of the tables: pieces of up to 8, 16 and 32 bytes
+KEY_WORDS = (2, 4)  # of the tables: pieces of up to 16 and 32 bytes
+_SHORT_BYTES = WORD_BYTES * KEY_WORDS[0]
 MAX_PIECE_BYTES = WORD_BYTES * KEY_WORDS[-1]
-_SLOTS_LOG2 = (19, 17, 14)  # 8, 4 and 1 MiB
+_SLOTS_LOG2 = (20, 14)  # 24 and 1 MiB
 _STORED_TOKENS = 1 << 21  # 8 MiB
 _MAX_LOAD = 1 / 8  # of a table by the vocabulary alone
 _PAD_WORDS = WORD_BYTES * (KEY_WORDS[-1] - 1)
@@ -34,30 +43,36 @@ class PieceCache:
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         self._vocabulary = []
-        self._tables = []
+        slots_log2 = []
         low = 0
-        for num_words, slots_log2 in zip(KEY_WORDS, _SLOTS_LOG2, strict=True):
+        for num_words, least in zip(KEY_WORDS, _SLOTS_LOG2, strict=True):
             high = WORD_BYTES * num_words
             # the lowest ranks last: they come most often, and get the first places
             known = [(t, r) for t, r in ranks.items() if low < len(t) <= high and 0 not in t][::-1]
             keys = ragged.padded([token for token, _ in known], high).view("<u8")
-            self._vocabulary.append((keys, np.array([rank for _, rank in known], np.uint32)))
-            needed = int(len(known) / _MAX_LOAD).bit_length()
-            self._tables.append(PieceTable(num_words, max(slots_log2, needed)))
+            self._vocabulary.append((list(keys.T), np.array([r for _, r in known], np.uint32)))
+            slots_log2.append(max(least, int(len(known) / _MAX_LOAD).bit_length()))
             low = high
+        self._short = ShortTable(slots_log2[0])
+        self._wide = PieceTable(KEY_WORDS[1], slots_log2[1])
+        self._tables = (self._short, self._wide)
         self._words = np.empty(0, np.uint64)
         self._clear()
 
-    def find(self, text: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def find(
+        self, text: bytes, starts: np.ndarray, lengths: np.ndarray, ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Look pieces up.
 
         Args:
             text: UTF-8 bytes, and WORD_BYTES more.
             starts: Where its pieces start, shape (n,).
             lengths: How long they are.
+            ids: To be filled with the tokens of pieces that are one token, shape (n,).
 
         Returns:
-            Values, shape (n,), uint64: see tokens; MISSING for the unknown.
+            Indices of the other pieces, rising, and their values: see tokens; MISSING for the
+            unknown.
         """
         size = len(text) - WORD_BYTES
         if len(self._words) < size + _PAD_WORDS:
@@ -71,15 +86,23 @@ class PieceCache:
             lengths = lengths.copy()
             lengths[np.searchsorted(starts, zeros, side="right") - 1] = MAX_PIECE_BYTES + 1
 
-        values = self._tables[0].find(keys_of(words, starts, lengths, KEY_WORDS[0]))
-        long = np.flatnonzero(lengths > WORD_BYTES * KEY_WORDS[0])
-        for table, num_words in zip(self._tables[1:], KEY_WORDS[1:], strict=True):
-            fits = lengths[long] <= WORD_BYTES * num_words
-            here, long = long[fits], long[~fits]
-            if here.size:
-                values[here] = table.find(keys_of(words, starts[here], lengths[here], num_words))
-        values[long] = MISSING
-        return values
+        first = first_words(words, starts, lengths)
+        long = np.flatnonzero(lengths > WORD_BYTES)
+        sizes = lengths[long]
+        wide = np.empty(0, np.int64)
+        if sizes.size and sizes.max() > _SHORT_BYTES:
+            fits = sizes <= _SHORT_BYTES
+            wide, long, sizes = long[~fits], long[fits], sizes[fits]
+        second = word_of(words, starts[long], sizes, 1)
+        at, values = self._short.find(first, long, second, ids)
+        wide = wide[lengths[wide] <= MAX_PIECE_BYTES]
+        if wide.size:
+            keys = keys_of(words, starts[wide], lengths[wide], KEY_WORDS[1])
+            values[np.searchsorted(at, wide)] = self._wide.find(keys)
+        several = values >= TWO
+        single, several = np.flatnonzero(~several), np.flatnonzero(several)
+        ids[at[single]] = values[single]
+        return at[several], values[several]
 
     def tokens(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The ids of pieces of several tokens each (values of TWO and above, but MISSING).
@@ -90,12 +113,14 @@ class PieceCache:
         counts = (values >> _COUNT_SHIFT).view(np.int64)
         return self._ids[ragged.positions((values & _LOW).view(np.int64), counts)], counts
 
-    def learn(self, keys: np.ndarray | None, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def learn(
+        self, keys: list[np.ndarray] | None, ids: np.ndarray, counts: np.ndarray
+    ) -> np.ndarray:
         """Add distinct pieces that are missing.
 
         Args:
-            keys: Their keys, shape (n, number of words), one of KEY_WORDS; pieces without zero
-                bytes. None for pieces that cannot be looked up.
+            keys: Their keys, one of KEY_WORDS arrays of shape (n,); pieces without zero bytes. None
+                for pieces that cannot be looked up.
             ids: Their tokens joined.
             counts: How many each has, shape (n,), int64.
 
@@ -104,11 +129,15 @@ class PieceCache:
         """
         ends = np.cumsum(counts)
         first = ends - counts
-        places = np.where(counts == 1, ids[first], self._used + first)
-        values = (counts.view(np.uint64) << _COUNT_SHIFT) | places.astype(np.uint64)
+        values = (counts.view(np.uint64) << _COUNT_SHIFT) | (self._used + first).astype(np.uint64)
+        single = counts == 1
+        values[single] = ids[first[single]]
         self._store(ids)
         if keys is not None:
-            self._tables[KEY_WORDS.index(keys.shape[1])].insert(list(keys.T), values)
+            if len(keys) == KEY_WORDS[0]:
+                self._short.insert(*keys, values)
+            else:
+                self._wide.insert(keys, values)
         return values
 
     def make_room(self) -> None:

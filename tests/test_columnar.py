@@ -23,6 +23,7 @@ from pipeline import (
     pieces,
     pieces_cl100k,
     ragged,
+    unknown_pieces,
 )
 from tests.fragments import FRAGMENTS, random_text
 from tests.harness import english
@@ -243,11 +244,12 @@ def test_offsets_need_not_start_at_the_texts_first_byte() -> None:
 
 def test_the_cache_is_bounded_and_forgets_without_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     """New pieces for ever, through tables that hold a few hundred."""
-    monkeypatch.setattr(piece_cache, "_SLOTS_LOG2", (8, 6, 4))
+    monkeypatch.setattr(piece_cache, "_SLOTS_LOG2", (8, 4))
     monkeypatch.setattr(piece_cache, "_MAX_LOAD", 4)
     monkeypatch.setattr(piece_cache, "_STORED_TOKENS", 3000)
-    monkeypatch.setattr(columnar, "_FEW_PIECES", 100)
+    monkeypatch.setattr(unknown_pieces, "_FEW_PIECES", 100)
     encoders = pair(300)
+    encoders[0].prepare()
     cache = encoders[0]._cache
     rng = random.Random(2)
     compacted = 0
@@ -257,7 +259,7 @@ def test_the_cache_is_bounded_and_forgets_without_harm(monkeypatch: pytest.Monke
         check([" ".join(words[first::3]) for first in range(3)], encoders=encoders)
         compacted += cache._used < before
         assert cache._used < 3000 + 150 * 32  # the limit and one block
-        assert [len(table.values) for table in cache._tables] == [256, 64, 16]
+        assert [len(table.values) for table in cache._tables] == [256, 16]
     assert compacted > 5
     assert sum(int((table.values >= piece_cache.TWO).sum()) for table in cache._tables) > 50
 
@@ -267,7 +269,7 @@ def test_a_text_is_known_the_second_time(monkeypatch: pytest.MonkeyPatch) -> Non
     words = [word for word in " ".join(english(20)).split() if len(word) < 30]
     text, offsets = block([" ".join(words)])
     first = encoder.encode_block(text, offsets, False)
-    monkeypatch.setattr(encoder, "_encode", None)
+    monkeypatch.setattr(encoder._unknown, "encode", None)
     assert encoder.encode_block(text, offsets, False).tolist() == first.tolist()
 
 
@@ -284,25 +286,90 @@ def test_a_full_store_that_is_all_in_use_is_emptied(monkeypatch: pytest.MonkeyPa
         assert all((table.values < piece_cache.TWO).all() for table in cache._tables)
 
 
+def pieces_up_to(size: int) -> st.SearchStrategy[list[bytes]]:
+    """Distinct ones without zero bytes, as keys want them."""
+    piece = st.binary(min_size=1, max_size=size).filter(lambda piece: 0 not in piece)
+    return st.lists(piece, max_size=200, unique=True)
+
+
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.binary(min_size=1, max_size=32).filter(lambda piece: 0 not in piece), max_size=200),
-    st.integers(4, 10),
-)
+@given(pieces_up_to(32), st.integers(4, 10))
 def test_a_table_finds_what_it_holds_and_nothing_else(found: list[bytes], slots_log2: int) -> None:
     """Every value that comes back is the right one, whatever was thrown out."""
-    distinct = list(dict.fromkeys(found))
     table = piece_table.PieceTable(4, slots_log2)
-    keys = list(ragged.padded(distinct, 32).view("<u8").T)
-    half = len(distinct) // 2
+    keys = list(ragged.padded(found, 32).view("<u8").T)
+    half = len(found) // 2
     table.insert([key[:half] for key in keys], np.arange(half, dtype=np.uint64) + 7)
-    values = table.find(keys)
+    check_found(table.find(keys), half, table.values)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pieces_up_to(16), st.integers(4, 10), st.integers(0, 1000))
+def test_a_table_of_short_pieces_does_so_too(
+    found: list[bytes], slots_log2: int, step: int
+) -> None:
+    """Whether the values are codes or not: with few places, few are."""
+    table = piece_table.ShortTable(slots_log2)
+    first, second = ragged.padded(found, 16).view("<u8").T
+    half = len(found) // 2
+    given_values = np.arange(half, dtype=np.uint64) * step + 7
+    table.insert(first[:half], second[:half], given_values)
+    codes = np.empty(len(found), np.uint64)
+    long = np.flatnonzero(second)
+    at, others = table.find(first, long, second[long], codes)
+    values = codes
+    values[at] = others
+    held = values[:half] != piece_table.MISSING
+    assert (values[:half][held] == given_values[held]).all()
+    values[:half][held] = np.flatnonzero(held) + 7
+    check_found(values, half, table.values)
+
+
+def check_found(values: np.ndarray, half: int, held_values: np.ndarray) -> None:
+    """The first half of the keys was inserted, the values counted from 7."""
     assert (values[half:] == piece_table.MISSING).all()
     held = values[:half] != piece_table.MISSING
     assert (values[:half][held] == np.flatnonzero(held) + 7).all()
-    assert held.sum() == (table.values != 0).sum()
+    assert held.sum() == (held_values != 0).sum()
     if half <= 4:
         assert held.all()
+
+
+def test_keys_that_agree_in_all_but_one_word_are_told_apart() -> None:
+    """One of two words has the hash of a key of one word: only its second word tells."""
+    first, second = piece_table._MULTIPLIERS[:2]
+    inverse = np.uint64(pow(int(first), -1, 1 << 64))
+    words = np.array([0x61, 0x62, 0x61, 0x61], np.uint64)
+    seconds = np.array([0, 0, 0x63, 0x64], np.uint64)
+    words = np.append(words, words[:1] - np.array([0x65], np.uint64) * second * inverse)
+    seconds = np.append(seconds, np.uint64(0x65))
+    table = piece_table.ShortTable(10)
+    for known in range(len(words)):
+        table.clear()
+        here = slice(known, known + 1)
+        table.insert(words[here], seconds[here], np.array([3], np.uint64))
+        codes = np.full(len(words), 99, np.uint64)
+        long = np.flatnonzero(seconds)
+        at, others = table.find(words, long, seconds[long], codes)
+        codes[at] = others
+        expected = np.full(len(words), piece_table.MISSING)
+        expected[known] = 3
+        assert codes.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [None, 32000, 300])
+def test_likely_pieces_are_known_before_they_come(
+    vocab_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other forms of the vocabulary's words; of a smaller one those of the whole."""
+    encoder = encoding.load("gpt2", vocab_size)
+    assert isinstance(encoder, columnar.ColumnarEncoder)
+    reference = encoding.TiktokenEncoder(encoder._encoding, encoder.eot, encoder.vocab_size)
+    encoder.prepare()
+    monkeypatch.setattr(encoder._unknown, "encode", None)
+    text, offsets = block(["apple Apple apples Apples 1789 9999", "Zimbabwe zimbabwe", "Guitars"])
+    ids = encoder.encode_block(text, offsets, False)
+    assert ids.tolist() == reference.encode_block(text, offsets, False).tolist()
 
 
 MERGES = {
@@ -318,8 +385,9 @@ MERGES = {
 def test_merges_are_those_of_tiktoken(raw: list[bytes], name: str) -> None:
     """Of any bytes; "banana" merges the leftmost of equal pairs."""
     cut = [piece[:16].replace(b"\0", b"a") for piece in [*raw, b" bananana"]]
-    some = [piece for piece in cut if piece]
-    ids, counts = MERGES[name].encode(ragged.padded(some, 16))
+    some = sorted((piece for piece in cut if piece), key=len, reverse=True)
+    words = list(ragged.padded(some, 16).view("<u8").T)
+    ids, counts = MERGES[name].encode(words, np.array(list(map(len, some))))
     expected = [PAIRS[name][0]._encoding._encode_single_piece(piece) for piece in some]
     assert counts.tolist() == list(map(len, expected))
     assert ids.tolist() == list(itertools.chain.from_iterable(expected))
@@ -353,7 +421,7 @@ def test_a_vocabulary_that_merges_cannot_reach_is_left_to_tiktoken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """ "abc" is a token, but neither "ab" nor "bc" is."""
-    monkeypatch.setattr(columnar, "_FEW_PIECES", 1)
+    monkeypatch.setattr(unknown_pieces, "_FEW_PIECES", 1)
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"abc": 256}
     odd = tiktoken.Encoding(
         "odd",
