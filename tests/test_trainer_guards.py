@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import Guards
 from pipeline.settings import load
-from tests.harness import english, finish, job, run, start, write_shards
+from tests.harness import ROOT, english, finish, job, run, start, write_shards
 from tests.test_training import SECTIONS, STREAM, steps_of
 from trainer import guards, sizing
 from trainer.loop import Loop
@@ -192,3 +195,15 @@ def test_auto_keeps_the_windows_of_an_update_and_a_resume_its_batch(tmp_path: Pa
         state.write_text(json.dumps(whole))
         settled = sizing.settle(one.config, 600, mx.float32, 599, str(state.parent))
         assert settled.training.hyperparameters.batch_size == batch
+
+
+def test_without_mlx_it_says_how_to_install_it(tmp_path: Path) -> None:
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open')")
+    done = subprocess.run(
+        [sys.executable, "-c", "from trainer import blas; blas.preload()"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, cwd=ROOT, timeout=60, check=False,
+    )  # fmt: skip
+    assert "ConfigError: MLX cannot be imported: libmlx.so" in done.stderr
+    assert "mlx[cuda13]" in done.stderr or sys.platform == "darwin"

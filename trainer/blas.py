@@ -1,7 +1,7 @@
-"""A fast matrix product for MLX's CPU back end on Linux.
+"""MLX, and a fast matrix product for its CPU back end on Linux.
 
-Runs in: trainer, before mlx is imported. MLX's Linux wheel carries the reference BLAS (5 GFLOP/s);
-a library that exports the same symbols and is loaded first takes its place.
+Runs in: whatever imports mlx, before it does so. MLX's Linux wheel carries the reference BLAS
+(5 GFLOP/s); a library that exports the same symbols and is loaded first takes its place.
 """
 
 from __future__ import annotations
@@ -11,14 +11,33 @@ import os
 import sys
 from pathlib import Path
 
+from pipeline.errors import ConfigError
+
+INSTALL = (
+    "pip install mlx"
+    if sys.platform == "darwin"
+    else "pip install 'mlx[cpu]' mkl, or 'mlx[cuda13]' with an NVIDIA GPU"
+)
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 
 
 def preload() -> str:
-    """Load the fastest BLAS there is and return what the user should know about it.
+    """Load the fastest BLAS there is, and mlx, and return what the user should know about it.
 
     The system's OpenBLAS comes first, then the MKL that pip put into this environment.
+
+    Raises:
+        ConfigError: mlx is not installed, or without its back end; says how to install it.
     """
+    library = _preload()
+    try:
+        import mlx.core  # noqa: F401  # after the BLAS
+    except ImportError as error:
+        raise ConfigError(f"MLX cannot be imported: {error}", INSTALL) from None
+    return library
+
+
+def _preload() -> str:
     if sys.platform != "linux":
         return "Accelerate"
     for name in _OPENBLAS:

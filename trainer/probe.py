@@ -6,9 +6,11 @@ Process: python -m trainer.probe, started by pipeline/doctor.py. Prints one JSON
 from __future__ import annotations
 
 import json
+import sys
 import time
 from importlib import metadata
 
+from pipeline.errors import ConfigError
 from trainer import blas
 
 _SIDE = 1024
@@ -17,7 +19,10 @@ _ROUNDS = 5
 
 def main() -> None:
     """Back end, device, BLAS, and how fast a matrix product is in float32."""
-    library = blas.preload()  # before mlx
+    try:
+        library = blas.preload()  # before mlx
+    except ConfigError as error:
+        sys.exit(error.what)  # doctor knows the remedy
     import mlx.core as mx
 
     device = mx.default_device()
