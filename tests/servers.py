@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ class Behaviour:
     status: dict[str, list[int]] = field(default_factory=dict)  # answered first, one by one
     retry_after: str | None = None
     etag: dict[str, str] = field(default_factory=dict)
-    bytes_per_s: float | None = None
+    bytes_per_s: float | None = None  # of each connection …
+    line: threading.Lock | None = None  # … or of all together, which then take turns
     requests: Counter[str] = field(default_factory=Counter)  # GETs by file name
     sent: Counter[str] = field(default_factory=Counter)  # body bytes by file name
     queries: list[str] = field(default_factory=list)
@@ -74,41 +75,48 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._refuse(404)
             return
         data = file.read_bytes()
-        etag = how.etag.get(name, f'"{len(data)}-{hash(data) & 0xFFFF}"')
+        etag = how.etag[name] if name in how.etag else f'"{len(data)}-{hash(data) & 0xFFFF}"'
         if self.headers.get("If-Match", etag) != etag:
             self._refuse(412)
             return
-        start = 0
         wanted = self.headers.get("Range", "")
         if wanted.startswith("bytes=") and not how.no_ranges:
-            start = int(wanted[6:].rstrip("-"))
-        self._send(name, data, start, etag, body)
+            start, _, last = wanted[6:].partition("-")
+            self._send(name, data, range(int(start), int(last) + 1 if last else len(data)), etag,
+                       body)  # fmt: skip
+        else:
+            self._send(name, data, range(len(data)), etag, body, partial=False)
 
-    def _send(self, name: str, data: bytes, start: int, etag: str, body: bool) -> None:
+    def _send(
+        self, name: str, data: bytes, part: range, etag: str, body: bool, *, partial: bool = True
+    ) -> None:
         how = self.behaviour
         chunked = name in how.no_length or "*" in how.no_length
-        self.send_response(206 if start else 200)
+        self.send_response(206 if partial else 200)
         self.send_header("ETag", etag)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if partial:
+            self.send_header("Content-Range", f"bytes {part.start}-{part.stop - 1}/{len(data)}")
         if chunked:
             self.send_header("Transfer-Encoding", "chunked")
         else:
-            self.send_header("Content-Length", str(len(data) - start))
+            self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         if not body:
             if chunked:
                 self.close_connection = True
             return
         limit = how.cut_after.get(name)
-        rest = data[start:] if limit is None else data[start : start + limit]
+        rest = data[part.start : part.stop]
+        cut = limit is not None and limit < len(rest)
+        rest = rest[:limit]
         for at in range(0, len(rest), 1 << 14):
             piece = rest[at : at + (1 << 14)]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
             how.sent[name] += len(piece)
             if how.bytes_per_s:
-                time.sleep(len(piece) / how.bytes_per_s)
-        if limit is not None and start + limit < len(data):
+                with how.line or nullcontext():
+                    time.sleep(len(piece) / how.bytes_per_s)
+        if cut:
             self.close_connection = True
             self.wfile.flush()
             self.connection.shutdown(2)

@@ -72,9 +72,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._say(412, b"")
             return
         wanted = self.headers.get("Range", "")
-        start = int(wanted.removeprefix("bytes=").rstrip("-") or 0)
-        extra = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if wanted else {}
-        self._say(206 if wanted else 200, data[start:],
+        start, _, last = wanted.removeprefix("bytes=").partition("-")
+        begin, end = int(start or 0), int(last) + 1 if last else len(data)
+        extra = {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"} if wanted else {}
+        self._say(206 if wanted else 200, data[begin:end],
                   {"ETag": tag, "Last-Modified": _DATE, **extra})  # fmt: skip
 
     def _say(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
