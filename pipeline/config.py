@@ -324,6 +324,7 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         "data.stream.slot_windows": stream.slot_windows,
         "data.stream.timeout_s": stream.timeout_s,
         "data.stream.writer_save_s": stream.writer_save_s,
+        "data.stream.max_ranges": stream.max_ranges,
         "data.stream.hang_s": stream.hang_s,
         "data.stream.consumer_hang_s": stream.consumer_hang_s,
         "data.stream.worker_memory_gb": (

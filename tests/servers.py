@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import http.server
+import ipaddress
 import ssl
 import threading
 import time
@@ -37,6 +39,7 @@ class Behaviour:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or an answer waits 40 ms for the client's acknowledgement
     root: Path
     behaviour: Behaviour
 
@@ -124,6 +127,39 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
 
+class Tls:
+    """A self-signed certificate for 127.0.0.1.
+
+    Args:
+        folder: Where its files are written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.x509.oid import NameOID
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+        now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        made = (
+            x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+            .not_valid_before(now - day)
+            .not_valid_after(now + day)
+            .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        secret = key.private_bytes(pem, form, serialization.NoEncryption())
+        self.certificate, both = folder / "certificate.pem", folder / "both.pem"
+        self.certificate.write_bytes(made.public_bytes(pem))
+        both.write_bytes(secret + made.public_bytes(pem))
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(both)
+
+
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
@@ -154,7 +190,7 @@ def s3_server(bucket: str, objects: dict[str, bytes]) -> Iterator[dict[str, str]
     import boto3
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()
     variables = {
