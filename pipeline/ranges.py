@@ -28,7 +28,7 @@ from pipeline.errors import SourceError
 from pipeline.redaction import redact
 from pipeline.sources import Chunks, Source, Stat, TransientError
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 16 << 20  # what waiting for a first byte is spread over
 LARGE_BYTES = 64 << 20  # less than this left is not worth a trial
 FAST_BYTES_PER_S = 100e6  # no stream as fast as this is slow
 SETTLE_S = 0.7  # connections get up to speed before they are measured …
@@ -197,7 +197,7 @@ class _Piece:
 class _Crew:
     """Threads that fetch consecutive pieces, a few ahead of the one that is handed on.
 
-    Memory: num + 2 pieces at most. A lock is shared by threads of this process alone.
+    Memory: num + 1 pieces at most. A lock is shared by threads of this process alone.
 
     Args:
         source: Of the shard.
@@ -286,7 +286,7 @@ class _Crew:
             def over() -> bool:
                 return self._closed or number >= self.num or self._next >= self.end
 
-            self._changed.wait_for(lambda: over() or len(self._pieces) < self.num + 2)
+            self._changed.wait_for(lambda: over() or len(self._pieces) < self.num + 1)
             if over():
                 return None
             piece = _Piece(self._next, min(self._next + PIECE_BYTES, self.end))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import http.server
 import ipaddress
+import mmap
 import ssl
 import threading
 import time
@@ -14,6 +15,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+_LARGE_BYTES = 64 << 20
 
 
 @dataclass
@@ -31,10 +34,12 @@ class Behaviour:
     retry_after: str | None = None
     etag: dict[str, str] = field(default_factory=dict)
     bytes_per_s: float | None = None  # of each connection …
+    wait_s: float = 0.0  # before the first byte of an answer
     line: threading.Lock | None = None  # … or of all together, which then take turns
     requests: Counter[str] = field(default_factory=Counter)  # GETs by file name
     sent: Counter[str] = field(default_factory=Counter)  # body bytes by file name
     queries: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # first bytes of the bodies that were sent
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -77,7 +82,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not file.is_file():
             self._refuse(404)
             return
-        data = file.read_bytes()
+        data = self._content(file)
         etag = how.etag[name] if name in how.etag else f'"{len(data)}-{hash(data) & 0xFFFF}"'
         if self.headers.get("If-Match", etag) != etag:
             self._refuse(412)
@@ -90,11 +95,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self._send(name, data, range(len(data)), etag, body, partial=False)
 
+    def _content(self, file: Path) -> bytes | memoryview:
+        """Mapped if it is large: several connections then have no copies of it."""
+        size = file.stat().st_size
+        if size < _LARGE_BYTES:
+            return file.read_bytes()
+        with file.open("rb") as opened:
+            return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+
     def _send(
-        self, name: str, data: bytes, part: range, etag: str, body: bool, *, partial: bool = True
+        self,
+        name: str,
+        data: bytes | memoryview,
+        part: range,
+        etag: str,
+        body: bool,
+        *,
+        partial: bool = True,
     ) -> None:
         how = self.behaviour
         chunked = name in how.no_length or "*" in how.no_length
+        time.sleep(how.wait_s)
         self.send_response(206 if partial else 200)
         self.send_header("ETag", etag)
         if partial:
@@ -108,12 +129,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if chunked:
                 self.close_connection = True
             return
+        how.starts.append(part.start)
         limit = how.cut_after.get(name)
         rest = data[part.start : part.stop]
         cut = limit is not None and limit < len(rest)
         rest = rest[:limit]
-        for at in range(0, len(rest), 1 << 14):
-            piece = rest[at : at + (1 << 14)]
+        step = max(1 << 14, int((how.bytes_per_s or 0) / 200))  # naps are not shorter than 5 ms
+        for at in range(0, len(rest), step):
+            piece = rest[at : at + step]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
             how.sent[name] += len(piece)
             if how.bytes_per_s:
