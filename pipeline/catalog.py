@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import xxhash
 
 from pipeline import listing, manifest
 from pipeline.errors import ConfigError, SourceError
-from pipeline.listing import Found
+from pipeline.listing import QUIET, Found, Watch
 from pipeline.manifest import Entry, Manifest
 from pipeline.redaction import redact
 from pipeline.sources import Stat, TransientError, local_path, open_source, scheme_of
@@ -28,7 +28,6 @@ from pipeline.sources import Stat, TransientError, local_path, open_source, sche
 __all__ = ["Shard", "build", "local_path", "names", "to_entries"]
 
 FILE_NAME = "shards.jsonl"  # the catalog that a run keeps: a manifest
-Progress = Callable[[int, int], None]  # (done, total)
 _LISTED = ("hf", "s3", "gs", "az")  # their addresses hold no secrets
 _CONCURRENCY = 16
 _AHEAD = 256  # requests that wait for a thread: memory is bounded however many shards there are
@@ -71,7 +70,7 @@ def build(
     patterns: Sequence[str],
     options: dict[str, Any],
     known: Known = NOTHING,
-    progress: Progress = lambda done, total: None,
+    watch: Watch = QUIET,
 ) -> tuple[Shard, ...]:
     """The catalog: every shard with its size and version.
 
@@ -79,7 +78,7 @@ def build(
         patterns: See pipeline/listing.py; without any, the shards of the given manifest.
         options: For pipeline.sources, and max_retries.
         known: Manifests.
-        progress: Called with (done, total) after every shard that had to be asked for.
+        watch: Is told how it goes.
 
     Raises:
         ConfigError: a pattern or manifest that cannot be.
@@ -87,9 +86,9 @@ def build(
     """
     if not patterns and known.given is not None:
         patterns = _of_manifest(known.given)
-    found = _found(listing.read_lists(patterns), options, known.kept)
+    found = _found(listing.read_lists(patterns), options, known.kept, watch)
     named = list(zip(found, _names(found), strict=True))
-    stats = _stats([_without_asking(one, name, known) for one, name in named], options, progress)
+    stats = _stats([_without_asking(one, name, known) for one, name in named], options, watch)
     return tuple(
         _shard(index, one, name, stat, known.given)
         for index, ((one, name), stat) in enumerate(zip(named, stats, strict=True))
@@ -130,7 +129,9 @@ def _of_manifest(given: Manifest) -> list[str]:
     ]
 
 
-def _found(patterns: Sequence[str], options: dict[str, Any], kept: Manifest | None) -> list[Found]:
+def _found(
+    patterns: Sequence[str], options: dict[str, Any], kept: Manifest | None, watch: Watch
+) -> list[Found]:
     """The files of all patterns; listings that an earlier start has kept are not made again."""
     kept_by_pattern: dict[str, list[Found]] = defaultdict(list)
     for entry in kept.entries.values() if kept else ():
@@ -142,7 +143,7 @@ def _found(patterns: Sequence[str], options: dict[str, Any], kept: Manifest | No
         for pattern in patterns
         if scheme_of(pattern) not in _LISTED or listing.shown(pattern) not in kept_by_pattern
     ]
-    files = dict(zip(new, listing.find_each(new, options), strict=True))
+    files = dict(zip(new, listing.find_each(new, options, watch), strict=True))
     return listing.each_once(
         file
         for pattern in patterns
@@ -181,20 +182,20 @@ def _without_asking(found: Found, name: str, known: Known) -> Found:
     return found if entry is None else found._replace(stat=Stat(entry.size_bytes, entry.version))
 
 
-def _stats(found: Sequence[Found], options: dict[str, Any], progress: Progress) -> Iterator[Stat]:
+def _stats(found: Sequence[Found], options: dict[str, Any], watch: Watch) -> Iterator[Stat]:
     """Size and version of each, in order, asked for where they are not known."""
     stopped = threading.Event()
     with ThreadPoolExecutor(_CONCURRENCY) as pool:
         pending: deque[Future[Stat] | Stat] = deque()
         try:
             for index, one in enumerate(found):
-                pending.append(one.stat or pool.submit(_stat, one.url, options, stopped))
+                pending.append(one.stat or pool.submit(_stat, one.url, options, stopped, watch))
                 if len(pending) > _AHEAD:
                     yield _result(pending.popleft())
-                    progress(index + 1 - len(pending), len(found))
+                    watch.progress(index + 1 - len(pending), len(found))
             while pending:
                 yield _result(pending.popleft())
-                progress(len(found) - len(pending), len(found))
+                watch.progress(len(found) - len(pending), len(found))
         except BaseException:  # one shard's patience is enough: the others need not lose theirs
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -205,14 +206,14 @@ def _result(pending: Future[Stat] | Stat) -> Stat:
     return pending if isinstance(pending, Stat) else pending.result()
 
 
-def _stat(url: str, options: dict[str, Any], stopped: threading.Event) -> Stat:
+def _stat(url: str, options: dict[str, Any], stopped: threading.Event, watch: Watch) -> Stat:
     """Ask for one shard, with bounded patience."""
 
     def wait(pause_s: float) -> None:
         if stopped.wait(pause_s):
             raise TransientError(f"{redact(url)}: another shard was given up")
 
-    return listing.patiently(lambda: open_source(url, options).stat(), options, wait)
+    return listing.patiently(lambda: open_source(url, options).stat(), options, watch, wait)
 
 
 def _shard(index: int, found: Found, name: str, stat: Stat, given: Manifest | None) -> Shard:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import msgspec
 
+from pipeline.cli_watch import watch
 from pipeline.errors import ExitCode, disk_error
 from pipeline.sizes import usable_cpus
 
@@ -58,7 +59,7 @@ def make(processes: int | None, dry_run: bool, as_json: bool, **options: Any) ->
     if options["form"] not in FORMS:
         raise click.BadParameter(f"one of {', '.join(FORMS)}", param_hint="--format")
     order = making.Order(**options)
-    shards = making.inputs(order)
+    shards = making.inputs(order, watch())
     if dry_run:
         _say(as_json, *_planned(order, making.groups(shards, order.shard_bytes), shards))
         return

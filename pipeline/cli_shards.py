@@ -5,8 +5,6 @@ Runs in: the command line's own process.
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 
 import click
@@ -14,9 +12,8 @@ import msgspec
 
 from pipeline import catalog, cli_make, manifest
 from pipeline.catalog import Shard
+from pipeline.cli_watch import watch
 from pipeline.config import Stream
-
-_SAY_S = 0.2
 
 
 @click.group()
@@ -55,7 +52,7 @@ def list_shards(patterns: tuple[str, ...], manifest_path: str | None, as_json: b
     stream = Stream()
     options = {"max_retries": stream.max_retries, "timeout_s": stream.timeout_s}
     given = None if manifest_path is None else manifest.read(Path(manifest_path))
-    found = catalog.build(patterns, options, catalog.Known(given), _progress())
+    found = catalog.build(patterns, options, catalog.Known(given), watch())
     if as_json:
         encoder = msgspec.json.Encoder()
         for entry in catalog.to_entries(found, with_local=True):
@@ -70,19 +67,6 @@ def list_shards(patterns: tuple[str, ...], manifest_path: str | None, as_json: b
             size = "unknown" if shard.size_bytes is None else f"{shard.size_bytes:,}"
             click.echo(f"{shard.name:{width}}  {size:>15}  {shard.version}".rstrip())
         click.echo(_totals(found))
-
-
-def _progress() -> catalog.Progress:
-    """How far it is, now and then, for a person."""
-    said = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal said
-        if sys.stderr.isatty() and time.monotonic() - said > _SAY_S:
-            said = time.monotonic()
-            click.echo(f"\r{done:,} of {total:,} shards\r", nl=False, err=True)
-
-    return progress
 
 
 def _totals(found: tuple[Shard, ...]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import msgspec
 
+from pipeline.cli_watch import watch
 from pipeline.sizes import usable_cpus
 
 
@@ -55,6 +56,7 @@ def where(run: str, processes: int | None, as_json: bool, **options: Any) -> Non
     answer = search.find(
         search.Request(folder, processes=processes or usable_cpus(), **options),
         (lambda text: None) if quiet else (lambda text: click.echo(text, err=True)),
+        watch(),
     )
     click.echo(msgspec.json.encode(answer).decode() if as_json else describe(answer))
 

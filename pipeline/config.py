@@ -70,6 +70,7 @@ class Stream(Section):
     max_retries: int = 8  # attempts without progress before a fetch fails
     timeout_s: float = 30.0  # a connection that is silent this long is given up
     min_bytes_per_s: float = 10_000  # so is one slower than this over timeout_s; 0: no limit
+    max_ranges: int = 4  # of one large shard at once, where more are faster; never on the hub
     hang_s: float = 180.0  # a worker that has work and is silent this long is replaced
     consumer_hang_s: float = 3600.0  # the same for the trainer or writer: an update may take long
     worker_memory_gb: float | None = None  # a larger worker is replaced; null: a quarter of all
@@ -82,7 +83,7 @@ class Stream(Section):
 
     def source_options(self) -> dict[str, Any]:
         """What pipeline.sources and pipeline.catalog want to know."""
-        names = ("max_retries", "timeout_s", "min_bytes_per_s")
+        names = ("max_retries", "timeout_s", "min_bytes_per_s", "max_ranges")
         return {name: getattr(self, name) for name in names}
 
 
@@ -323,6 +324,7 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         "data.stream.slot_windows": stream.slot_windows,
         "data.stream.timeout_s": stream.timeout_s,
         "data.stream.writer_save_s": stream.writer_save_s,
+        "data.stream.max_ranges": stream.max_ranges,
         "data.stream.hang_s": stream.hang_s,
         "data.stream.consumer_hang_s": stream.consumer_hang_s,
         "data.stream.worker_memory_gb": (

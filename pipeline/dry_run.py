@@ -23,6 +23,7 @@ from pipeline import (
     mixture,
     sizes,
 )
+from pipeline.cli_watch import watch
 from pipeline.messages import Cursor
 from pipeline.screen import human
 from pipeline.state import Plan
@@ -61,7 +62,7 @@ def look(job: Job) -> Facts:
     vocabulary = encoding.vocabulary(tokenizer.name, tokenizer.vocab_size)
     options = stream.source_options()
     given = manifest.read(Path(stream.manifest)) if stream.manifest else None
-    shards, set_sizes = mixture.read(stream, options, catalog.Known(given))
+    shards, set_sizes = mixture.read(stream, options, catalog.Known(given), watch())
     names = [shard.name for shard in shards]
     held_out.check_apart(config, names, options)
     groups = mixture.groups(config, set_sizes)

@@ -148,9 +148,11 @@ class HttpSource:
             response.close()
         return stat
 
-    def read(self, start: int, expected: Stat) -> Chunks:
+    def read(self, start: int, expected: Stat, end: int | None = None) -> Chunks:
         """See Source."""
-        headers = {"Range": f"bytes={start}-"} if start else {}
+        headers = {}
+        if start or end is not None:
+            headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
         if expected.version.startswith('"'):  # a strong ETag: the server itself compares it
             headers["If-Match"] = expected.version
         response = self._request("GET", headers)

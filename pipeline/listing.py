@@ -11,6 +11,7 @@ Runs in: supervisor.
 from __future__ import annotations
 
 import glob
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,44 @@ from pipeline.redaction import hide, redact
 from pipeline.sources import Listed, Patience, Stat, TransientError, scheme_of
 
 T = TypeVar("T")
+_AGAIN_S = 5.0  # between words on attempts that are made again
+
+
+class Watch:
+    """Is told how looking for shards goes, by any thread, and passes on what is not too much.
+
+    Args:
+        progress: Called with (done, total), after shards that had to be asked for.
+        tried_again: Called with what went wrong, without secrets, and the seconds that are waited.
+        every_s: Between two calls of progress.
+    """
+
+    def __init__(
+        self,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+        tried_again: Callable[[str, float], object] = lambda why, wait_s: None,
+        every_s: float = 0.0,
+    ) -> None:
+        self._progress, self._tried_again, self._every_s = progress, tried_again, every_s
+        self._lock = threading.Lock()
+        self._said_progress, self._said_again = time.monotonic(), -_AGAIN_S
+
+    def progress(self, done: int, total: int) -> None:
+        """So many of so many shards are known."""
+        with self._lock:
+            if time.monotonic() - self._said_progress >= self._every_s:
+                self._said_progress = time.monotonic()
+                self._progress(done, total)
+
+    def tried_again(self, why: str, wait_s: float) -> None:
+        """Something went wrong, and is tried again after a wait."""
+        with self._lock:
+            if time.monotonic() - self._said_again >= _AGAIN_S:
+                self._said_again = time.monotonic()
+                self._tried_again(why, wait_s)
+
+
+QUIET = Watch()
 
 
 class Found(NamedTuple):
@@ -37,30 +76,33 @@ class Found(NamedTuple):
     sha256: str | None = None
 
 
-def find(patterns: Sequence[str], options: dict[str, Any]) -> list[Found]:
+def find(patterns: Sequence[str], options: dict[str, Any], watch: Watch = QUIET) -> list[Found]:
     """The files of all patterns, in the order given; those of one are in the order of their names.
 
     Args:
         patterns: See the module; without @files.
         options: For pipeline.sources, and max_retries.
+        watch: Is told of attempts that are made again.
 
     Raises:
         ConfigError: a pattern matches nothing or is none, or a shard is named twice.
         SourceError: a listing cannot be had; says which and why.
     """
-    return each_once(file for files in find_each(patterns, options) for file in files)
+    return each_once(file for files in find_each(patterns, options, watch) for file in files)
 
 
-def find_each(patterns: Sequence[str], options: dict[str, Any]) -> Iterator[list[Found]]:
+def find_each(
+    patterns: Sequence[str], options: dict[str, Any], watch: Watch = QUIET
+) -> Iterator[list[Found]]:
     """The files of each pattern. See find."""
     expanded = {pattern: list(expand_urls(pattern)) for pattern in patterns}
     hide(one for some in expanded.values() for one in some)
     of_hub = [one for some in expanded.values() for one in some if scheme_of(one) == "hf"]
-    on_hub = _on_hub(of_hub, options) if of_hub else {}
+    on_hub = _on_hub(of_hub, options, watch) if of_hub else {}
     for pattern in patterns:
         found: list[Found] = []
         for one in expanded[pattern]:
-            listed = on_hub[one] if one in on_hub else _files(one, pattern, options)
+            listed = on_hub[one] if one in on_hub else _files(one, pattern, options, watch)
             if not listed:
                 raise ConfigError(f"--shards {shown(pattern)}: nothing matches", _remedy(one))
             found += [
@@ -114,12 +156,18 @@ def read_lists(patterns: Sequence[str]) -> list[str]:
     return read
 
 
-def patiently(what: Callable[[], T], options: dict[str, Any], wait: Callable[[float], Any]) -> T:
+def patiently(
+    what: Callable[[], T],
+    options: dict[str, Any],
+    watch: Watch,
+    wait: Callable[[float], Any] = time.sleep,
+) -> T:
     """Try until it works, with bounded patience.
 
     Args:
         what: Is tried.
         options: max_retries.
+        watch: Is told of every attempt that is made again.
         wait: Called with the seconds to wait; may end it by raising.
     """
     patience = Patience(int(options["max_retries"]))
@@ -127,20 +175,22 @@ def patiently(what: Callable[[], T], options: dict[str, Any], wait: Callable[[fl
         try:
             return what()
         except TransientError as error:
-            wait(patience.pause_s(error))
+            pause_s = patience.pause_s(error)
+            watch.tried_again(str(error), pause_s)
+            wait(pause_s)
 
 
 # ── one pattern without braces ──────────────────────────────────────────────────────────────
 
 
-def _files(one: str, pattern: str, options: dict[str, Any]) -> Sequence[str | Listed]:
+def _files(one: str, pattern: str, options: dict[str, Any], watch: Watch) -> Sequence[str | Listed]:
     """Its files: addresses, and what is known of each if they were listed."""
     scheme = scheme_of(one)
     if scheme in ("", "file"):
         return _local(urllib.parse.unquote(urllib.parse.urlsplit(one).path) if scheme else one,
                       pattern)  # fmt: skip
     if scheme in store_source.SCHEMES:
-        return _in_store(one, options)
+        return _in_store(one, options, watch)
     try:
         parts = urllib.parse.urlsplit(one)
         known = parts.port != 0
@@ -156,7 +206,7 @@ def _files(one: str, pattern: str, options: dict[str, Any]) -> Sequence[str | Li
     return [one]
 
 
-def _in_store(one: str, options: dict[str, Any]) -> Sequence[str | Listed]:
+def _in_store(one: str, options: dict[str, Any], watch: Watch) -> Sequence[str | Listed]:
     """The objects of a glob or folder, listed; the address itself if it is neither."""
     scheme, bucket, key = store_source.split(one)
     if not bucket:
@@ -171,14 +221,14 @@ def _in_store(one: str, options: dict[str, Any]) -> Sequence[str | Listed]:
         listed = store_source.list_objects(folder, timeout_s)
         return [file for file in listed if wanted.matches(store_source.split(file.url)[2])]
 
-    return sorted(patiently(matching, options, time.sleep), key=lambda file: file.url)
+    return sorted(patiently(matching, options, watch), key=lambda file: file.url)
 
 
-def _on_hub(urls: list[str], options: dict[str, Any]) -> dict[str, list[Listed]]:
+def _on_hub(urls: list[str], options: dict[str, Any], watch: Watch) -> dict[str, list[Listed]]:
     from pipeline import hub_listing
 
     timeout_s = float(options["timeout_s"])
-    return patiently(lambda: hub_listing.find(urls, timeout_s), options, time.sleep)
+    return patiently(lambda: hub_listing.find(urls, timeout_s), options, watch)
 
 
 def _local(path: str, pattern: str) -> list[str]:

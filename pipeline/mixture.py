@@ -22,6 +22,7 @@ from pipeline.catalog import Shard
 from pipeline.config import Config, DataSet, Stream
 from pipeline.errors import ConfigError
 from pipeline.lanes import LanePlan, Lanes, Turn
+from pipeline.listing import QUIET, Watch
 from pipeline.turns import Group
 
 _ONE = "all"  # the name of the only data set
@@ -36,7 +37,7 @@ def read(
     stream: Stream,
     options: dict[str, Any],
     known: catalog.Known,
-    progress: catalog.Progress = lambda done, total: None,
+    watch: Watch = QUIET,
 ) -> tuple[tuple[Shard, ...], tuple[int, ...]]:
     """The shards of all data sets, one after the other, and how many each has.
 
@@ -48,7 +49,7 @@ def read(
     counts: list[int] = []
     owners: dict[str, str] = {}
     for name, one in data_sets(stream).items():
-        found = catalog.build(one.shards, options, known, progress)
+        found = catalog.build(one.shards, options, known, watch)
         for shard in found:
             if owners.setdefault(shard.name, name) != name:
                 raise ConfigError(

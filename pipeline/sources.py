@@ -127,9 +127,9 @@ class Source(Protocol):
         """Size and version. Raises: TransientError, SourceError."""
         ...
 
-    def read(self, start: int, expected: Stat) -> Chunks:
-        """The body from byte start on. Raises, also while it is read: TransientError,
-        ChangedError (it is not as expected), SourceError."""
+    def read(self, start: int, expected: Stat, end: int | None = None) -> Chunks:
+        """The body from byte start on, up to end where ranges are served. Raises, also while it is
+        read: TransientError, ChangedError (it is not as expected), SourceError."""
         ...
 
 
@@ -204,7 +204,8 @@ class _LocalFile:
             ) from error
         return Stat(found.st_size, f"mtime {found.st_mtime_ns}")
 
-    def read(self, start: int, expected: Stat) -> Chunks:
+    def read(self, start: int, expected: Stat, end: int | None = None) -> Chunks:
+        """See Source; end is none of a file that is read in place."""
         file = self._path.open("rb")
         file.seek(start)
         return Chunks(start, iter(lambda: file.read(CHUNK_BYTES), b""))

@@ -143,9 +143,11 @@ class StoreSource:
             meta = self._get({}).meta  # it may be allowed, and its answer says what is wrong
         return _stat(meta)
 
-    def read(self, start: int, expected: Stat) -> Chunks:
+    def read(self, start: int, expected: Stat, end: int | None = None) -> Chunks:
         """See Source."""
         options: dict[str, Any] = {"range": {"offset": start}} if start else {}
+        if end is not None:
+            options["range"] = (start, end)
         if expected.version.startswith('"'):
             options["if_match"] = expected.version
         answer = self._get(options)

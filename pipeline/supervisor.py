@@ -40,6 +40,7 @@ from pipeline import (
 from pipeline.config import Config, to_plain, without_secrets
 from pipeline.errors import ConfigError, ExitCode, FinewebError, WorkerCrashError, disk_error
 from pipeline.generation import ConsumerDiedError, Generation, Hooks, Setup, evict_files
+from pipeline.listing import Watch
 from pipeline.log import RunLog
 from pipeline.messages import (
     CheckpointWritten,
@@ -248,20 +249,20 @@ class _Run:
     ) -> tuple[tuple[catalog.Shard, ...], tuple[int, ...], dict[str, Any]]:
         """The shards, kept beside the run for its next start, how many each data set has, and
         what to say of them."""
-        begin, said = time.monotonic(), time.monotonic()
-
-        def progress(done: int, total: int) -> None:
-            nonlocal said
-            if time.monotonic() - said > _SAY_S:
-                said = time.monotonic()
-                self.view.event("info", "listing_shards", done=done, total=total)
-
+        begin, event = time.monotonic(), self.view.event
+        watch = Watch(
+            lambda done, total: event("info", "listing_shards", done=done, total=total),
+            lambda why, wait_s: event(
+                "warning", "listing_tried_again", why=why, wait_s=round(wait_s, 1)
+            ),
+            _SAY_S,
+        )
         path = self.stream.manifest
         given = None if path is None else manifest.read(Path(path))
         folder = self.run_dir.parents[1] if self.job.held_out else self.run_dir
         kept = catalog.read_kept(folder)
         known = catalog.Known(given, kept)
-        shards, set_sizes = mixture.read(self.stream, options, known, progress)
+        shards, set_sizes = mixture.read(self.stream, options, known, watch)
         listed_s = time.monotonic() - begin
         kept_bytes, peak_bytes = catalog.size_bytes(folder, shards)
         self.fixed_bytes += peak_bytes

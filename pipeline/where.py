@@ -42,6 +42,7 @@ from pipeline.checkpoints import Checkpoint
 from pipeline.config import Config, from_plain
 from pipeline.errors import ConfigError, ShardError
 from pipeline.lanes import Lanes
+from pipeline.listing import QUIET, Watch
 from pipeline.messages import Cursor, LaneCursor, Skip
 from pipeline.provenance import Part, Reading, Wanted
 from pipeline.shard_files import ShardFiles
@@ -95,12 +96,15 @@ class Request(NamedTuple):
     processes: int = 2
 
 
-def find(request: Request, tell: Callable[[str], None] = lambda text: None) -> Answer:
+def find(
+    request: Request, tell: Callable[[str], None] = lambda text: None, watch: Watch = QUIET
+) -> Answer:
     """Find the documents of a batch.
 
     Args:
         request: See there.
         tell: Called with a line for every shard that is read.
+        watch: Is told how looking for the shards goes.
 
     Raises:
         ConfigError: there is no such run, step or row, or the shards are not the run's.
@@ -116,7 +120,7 @@ def find(request: Request, tell: Callable[[str], None] = lambda text: None) -> A
         if stream.mix:
             raise ConfigError("--shards cannot name the shards of a mix", "leave it out")
         stream = msgspec.structs.replace(stream, shards=list(request.shards))
-    shards, counts = mixture.read(stream, options, known)
+    shards, counts = mixture.read(stream, options, known, watch)
     groups = mixture.groups(past.config, counts)
     past.refuse_other(shards, groups)
     cache_dir = request.cache_dir or stream.cache_dir or str(request.run_dir / "cache")

@@ -88,8 +88,13 @@ class Fetched:
 
     def ok(self) -> ShardFetched:
         """Assert that the shard is here, to the byte."""
-        assert isinstance(self.answer, ShardFetched), self.answer
+        answer = self.done()
         assert self.path.read_bytes() == DATA
+        return answer
+
+    def done(self) -> ShardFetched:
+        """What was fetched, if it was."""
+        assert isinstance(self.answer, ShardFetched), self.answer
         return self.answer
 
     def failed(self, what: str) -> FetchFailed:

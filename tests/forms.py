@@ -1,10 +1,6 @@
-"""Every form of shard that is claimed: the same documents in each, and the README's table.
+"""Every form of shard that is claimed: the same documents in each.
 
-    python -m tests.forms        prints the table
-
-Shards come from a disk, over HTTP(S) and from S3 alike: what is fetched is a file of the cache.
-
-tests/test_forms.py reads every form in the table and fails where the README says another.
+tests/places.py reads them out of every place, and makes the README's table.
 """
 
 from __future__ import annotations
@@ -101,11 +97,11 @@ def arrow_stream(rows: Sequence[Row]) -> bytes:
     return out.getvalue()
 
 
-# ── the table ───────────────────────────────────────────────────────────────────────────────
+# ── all of them ─────────────────────────────────────────────────────────────────────────────
 
 
 class Form(NamedTuple):
-    """A row of the table.
+    """A row of the README's table.
 
     columns: whether it has columns besides the text, so that filters work.
     """
@@ -129,7 +125,7 @@ FORMS: tuple[Form, ...] = (
         for kind in COMPRESSIONS
     ),
     Form("jsonl", "jsonl", _ANY, jsonl, _LINE),
-    Form("txt, documents between lines of `<|endoftext|>`", "txt", _ANY, txt, _LINE, False),
+    Form("txt, documents between separator lines", "txt", _ANY, txt, _LINE, False),
     *(
         Form(f"parquet, pages as {kind}", "parquet", ("",), parquet(kind), "the row group")
         for kind in ("snappy", "zstd", "gzip", "brotli", "lz4", "none")
@@ -140,21 +136,3 @@ FORMS: tuple[Form, ...] = (
     ),
     Form("arrow stream", "arrow", ("",), arrow_stream, "the record batch, by reading up to it"),
 )
-
-
-def table() -> str:
-    """The forms as a Markdown table, one column for each compression of the whole file."""
-    heads = ["plain", *(f".{kind}" for kind in _ANY[1:])]
-    lines = [
-        f"| shard | {' | '.join(heads)} | filters | a resume begins at |",
-        f"|---|{'---|' * (len(heads) + 2)}",
-    ]
-    for form in FORMS:
-        marks = ["yes" if kind in form.compressions else "" for kind in _ANY]
-        columns = "all" if form.columns else "length"
-        lines.append(f"| {form.title} | {' | '.join(marks)} | {columns} | {form.jump} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table())

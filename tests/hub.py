@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import ssl
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ class Hub:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or an answer waits 40 ms for the client's acknowledgement
     hub: Hub
     store: Path
 
@@ -172,16 +174,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub_server(folder: Path, files: dict[str, bytes], **how: Any) -> Iterator[Hub]:
+def hub_server(
+    folder: Path, files: dict[str, bytes], tls: ssl.SSLContext | None = None, **how: Any
+) -> Iterator[Hub]:
     """Serve one data set, owner/name, with its CDN beside it; folder is the CDN's."""
     hub = Hub(files=files, **how)
     handler = type("Handler", (_Handler,), {"hub": hub, "store": folder})
     folder.mkdir(exist_ok=True)
     with (
-        http_server(folder, hub.cdn) as hub.cdn_url,
+        http_server(folder, hub.cdn, tls) as hub.cdn_url,
         http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
     ):
-        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        hub.url = f"http{'s' if tls else ''}://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             yield hub

@@ -32,7 +32,7 @@ class Request:
     @property
     def start(self) -> int:
         """First byte of the range, 0 without one."""
-        return int(self.headers.get("range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        return int(self.headers.get("range", "bytes=0-").removeprefix("bytes=").split("-")[0])
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
 import http.server
+import ipaddress
+import mmap
 import ssl
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+_LARGE_BYTES = 64 << 20
 
 
 @dataclass
@@ -28,14 +33,18 @@ class Behaviour:
     status: dict[str, list[int]] = field(default_factory=dict)  # answered first, one by one
     retry_after: str | None = None
     etag: dict[str, str] = field(default_factory=dict)
-    bytes_per_s: float | None = None
+    bytes_per_s: float | None = None  # of each connection …
+    wait_s: float = 0.0  # before the first byte of an answer
+    line: threading.Lock | None = None  # … or of all together, which then take turns
     requests: Counter[str] = field(default_factory=Counter)  # GETs by file name
     sent: Counter[str] = field(default_factory=Counter)  # body bytes by file name
     queries: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # first bytes of the bodies that were sent
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or an answer waits 40 ms for the client's acknowledgement
     root: Path
     behaviour: Behaviour
 
@@ -73,47 +82,105 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not file.is_file():
             self._refuse(404)
             return
-        data = file.read_bytes()
-        etag = how.etag.get(name, f'"{len(data)}-{hash(data) & 0xFFFF}"')
+        data = self._content(file)
+        etag = how.etag[name] if name in how.etag else f'"{len(data)}-{hash(data) & 0xFFFF}"'
         if self.headers.get("If-Match", etag) != etag:
             self._refuse(412)
             return
-        start = 0
         wanted = self.headers.get("Range", "")
         if wanted.startswith("bytes=") and not how.no_ranges:
-            start = int(wanted[6:].rstrip("-"))
-        self._send(name, data, start, etag, body)
+            start, _, last = wanted[6:].partition("-")
+            self._send(name, data, range(int(start), int(last) + 1 if last else len(data)), etag,
+                       body)  # fmt: skip
+        else:
+            self._send(name, data, range(len(data)), etag, body, partial=False)
 
-    def _send(self, name: str, data: bytes, start: int, etag: str, body: bool) -> None:
+    def _content(self, file: Path) -> bytes | memoryview:
+        """Mapped if it is large: several connections then have no copies of it."""
+        size = file.stat().st_size
+        if size < _LARGE_BYTES:
+            return file.read_bytes()
+        with file.open("rb") as opened:
+            return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def _send(
+        self,
+        name: str,
+        data: bytes | memoryview,
+        part: range,
+        etag: str,
+        body: bool,
+        *,
+        partial: bool = True,
+    ) -> None:
         how = self.behaviour
         chunked = name in how.no_length or "*" in how.no_length
-        self.send_response(206 if start else 200)
+        time.sleep(how.wait_s)
+        self.send_response(206 if partial else 200)
         self.send_header("ETag", etag)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if partial:
+            self.send_header("Content-Range", f"bytes {part.start}-{part.stop - 1}/{len(data)}")
         if chunked:
             self.send_header("Transfer-Encoding", "chunked")
         else:
-            self.send_header("Content-Length", str(len(data) - start))
+            self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         if not body:
             if chunked:
                 self.close_connection = True
             return
+        how.starts.append(part.start)
         limit = how.cut_after.get(name)
-        rest = data[start:] if limit is None else data[start : start + limit]
-        for at in range(0, len(rest), 1 << 14):
-            piece = rest[at : at + (1 << 14)]
+        rest = data[part.start : part.stop]
+        cut = limit is not None and limit < len(rest)
+        rest = rest[:limit]
+        step = max(1 << 14, int((how.bytes_per_s or 0) / 200))  # naps are not shorter than 5 ms
+        for at in range(0, len(rest), step):
+            piece = rest[at : at + step]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
             how.sent[name] += len(piece)
             if how.bytes_per_s:
-                time.sleep(len(piece) / how.bytes_per_s)
-        if limit is not None and start + limit < len(data):
+                with how.line or nullcontext():
+                    time.sleep(len(piece) / how.bytes_per_s)
+        if cut:
             self.close_connection = True
             self.wfile.flush()
             self.connection.shutdown(2)
         elif chunked:
             self.wfile.write(b"0\r\n\r\n")
+
+
+class Tls:
+    """A self-signed certificate for 127.0.0.1.
+
+    Args:
+        folder: Where its files are written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.x509.oid import NameOID
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+        now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        made = (
+            x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+            .not_valid_before(now - day)
+            .not_valid_after(now + day)
+            .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        secret = key.private_bytes(pem, form, serialization.NoEncryption())
+        self.certificate, both = folder / "certificate.pem", folder / "both.pem"
+        self.certificate.write_bytes(made.public_bytes(pem))
+        both.write_bytes(secret + made.public_bytes(pem))
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(both)
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -146,7 +213,7 @@ def s3_server(bucket: str, objects: dict[str, bytes]) -> Iterator[dict[str, str]
     import boto3
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()
     variables = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import ssl
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ _DATE = "Tue, 24 Nov 2026 12:00:00 GMT"
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or an answer waits 40 ms for the client's acknowledgement
     objects: dict[str, bytes]
     bucket: str
 
@@ -72,9 +74,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._say(412, b"")
             return
         wanted = self.headers.get("Range", "")
-        start = int(wanted.removeprefix("bytes=").rstrip("-") or 0)
-        extra = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if wanted else {}
-        self._say(206 if wanted else 200, data[start:],
+        start, _, last = wanted.removeprefix("bytes=").partition("-")
+        begin, end = int(start or 0), int(last) + 1 if last else len(data)
+        extra = {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"} if wanted else {}
+        self._say(206 if wanted else 200, data[begin:end],
                   {"ETag": tag, "Last-Modified": _DATE, **extra})  # fmt: skip
 
     def _say(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
@@ -92,12 +95,16 @@ def _tag(data: bytes) -> str:
 
 
 @contextmanager
-def store_server(bucket: str, objects: dict[str, bytes]) -> Iterator[str]:
+def store_server(
+    bucket: str, objects: dict[str, bytes], tls: ssl.SSLContext | None = None
+) -> Iterator[str]:
     """Serve one bucket; yields the server's address."""
     handler = type("Handler", (_Handler,), {"objects": objects, "bucket": bucket})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
+            yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()

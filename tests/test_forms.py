@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +20,7 @@ from pipeline.config import Filter
 from pipeline.encoding import safe_cut
 from pipeline.errors import ShardError
 from pipeline.messages import BadRecord, BlockStart
-from tests import forms
+from tests import places
 from tests.forms import COMPRESSIONS, FORMS, Form, Row
 from tests.harness import ROOT, english, job, run
 from tests.servers import Behaviour, http_server
@@ -251,6 +253,45 @@ def test_texts_have_no_columns_to_filter_by(tmp_path: Path, form: Form) -> None:
     assert texts(read(path, Filter(where="optional(language) == 'en'"))) == []
 
 
+# ── out of every place ──────────────────────────────────────────────────────────────────────
+
+
+@cache
+def _ran(place: str) -> tuple[places.Ran, ...]:
+    """Every form, read out of a place; those with the right documents."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(places.read(place, Path(folder) / place))
+    return tuple(ran for ran, sha256 in found if sha256 == places.digest(places.TEXTS))
+
+
+@pytest.mark.parametrize("place", places.PLACES)
+def test_every_form_out_of_every_place_gives_the_same_documents(place: str) -> None:
+    """Fetched and, where that differs, streamed."""
+    assert len(_ran(place)) == len(places.SHARDS) * (1 if place == "file" else 2)
+
+
+def test_the_table_of_the_readme_is_what_ran() -> None:
+    ran = [one for place in places.PLACES for one in _ran(place)]
+    assert places.table(ran) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_says_what_did_not_run() -> None:
+    """So it cannot claim it: one form out of one place is missing."""
+    form = FORMS[0]
+    ran = [
+        places.Ran(place, streamed, one.form.title, one.kind)
+        for one in places.SHARDS for place, streamed in places.WAYS
+        if (one.form, one.kind, place, streamed) != (form, "xz", "s3", True)
+    ]  # fmt: skip
+    lines = places.table(ran).splitlines()
+    assert sum("| all | all |" in line or "| all | length |" in line for line in lines) == (
+        len(FORMS) - 1
+    )
+    (row,) = [line for line in lines if line.startswith(f"| {form.title} |")]
+    assert "http streamed" in row
+    assert "s3 streamed" not in row
+
+
 _END_TO_END = [
     ("file", "parquet", ""), ("http", "jsonl", "xz"), ("file", "tar", "lz4"),
     ("http", "arrow", ""), ("file", "txt", "bz2"),
@@ -268,7 +309,3 @@ def test_the_stream_of_a_run_is_the_same(tmp_path: Path, source: str, name: str,
     expected = [text for text in TEXTS if len(text) <= 3000]
     assert summary["sha256"] == hashlib.sha256(reference(expected).tobytes()).hexdigest()
     assert summary["filtered"] == len(TEXTS) - len(expected) > 0
-
-
-def test_the_table_of_the_readme_is_the_list() -> None:
-    assert forms.table() in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import socket
-import ssl
 import time
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from pipeline.messages import (
 from tests.fetched import DATA, NAME, OPTIONS, Fetched
 from tests.harness import english, write_shards
 from tests.proxy import Fault, Request, always, fault_proxy, header, in_turn, simple
-from tests.servers import Behaviour, http_server
+from tests.servers import Behaviour, Tls, http_server
 
 # ── lengths and versions ────────────────────────────────────────────────────────────────────
 
@@ -194,41 +192,16 @@ def test_one_shards_patience_is_enough_for_all(short_waits: None) -> None:
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate for 127.0.0.1, and its key."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.IPAddress(__import__("ipaddress").ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    path.write_bytes(made.public_bytes(pem))
-    path.with_name("both.pem").write_bytes(
-        key.private_bytes(pem, form, serialization.NoEncryption()) + made.public_bytes(pem)
-    )
-    return path
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    return Tls(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
 def test_an_unknown_certificate_is_refused(
     tmp_path: Path, served: tuple[str, Behaviour, Path],
-    certificate: Path, monkeypatch: pytest.MonkeyPatch, variable: str,
+    tls: Tls, monkeypatch: pytest.MonkeyPatch, variable: str,
 ) -> None:  # fmt: skip
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate.with_name("both.pem"))
-    with http_server(served[2], Behaviour(), context) as url:
+    with http_server(served[2], Behaviour(), tls.context) as url:
         http_source._pool.cache_clear()
         with pytest.raises(SourceError) as caught:
             catalog.build([f"{url}/{NAME}"], OPTIONS)
@@ -236,7 +209,7 @@ def test_an_unknown_certificate_is_refused(
         assert "SSL_CERT_FILE" in caught.value.remedy
         wrong_host = url.replace("127.0.0.1", "localhost")
         monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-        monkeypatch.setenv(variable, str(certificate))
+        monkeypatch.setenv(variable, str(tls.certificate))
         with pytest.raises(SourceError, match="not trusted"):
             catalog.build([f"{wrong_host}/{NAME}"], OPTIONS)
         Fetched(tmp_path / "cache", f"{url}/{NAME}").ok()

@@ -30,6 +30,7 @@ from pipeline.catalog import Shard
 from pipeline.codecs import open_records
 from pipeline.config import Stream
 from pipeline.errors import BadRecordsError, ConfigError
+from pipeline.listing import QUIET, Watch
 from pipeline.making import targets
 from pipeline.manifest import Entry
 from pipeline.messages import BadRecord
@@ -95,9 +96,9 @@ def groups(shards: Sequence[Shard], shard_bytes: int) -> list[_Group]:
     return [_Group(number, tuple(ones)) for number, ones in enumerate(dealt)]
 
 
-def inputs(order: Order) -> tuple[Shard, ...]:
+def inputs(order: Order, watch: Watch = QUIET) -> tuple[Shard, ...]:
     """The shards to read. Raises: ConfigError, SourceError."""
-    return catalog.build(order.patterns, Stream().source_options())
+    return catalog.build(order.patterns, Stream().source_options(), watch=watch)
 
 
 def make(

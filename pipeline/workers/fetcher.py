@@ -31,6 +31,7 @@ from pipeline.messages import (
     ReserveMore,
     ShardFetched,
 )
+from pipeline.ranges import Ranges
 from pipeline.sources import (
     CHUNK_BYTES,
     ChangedError,
@@ -59,6 +60,10 @@ class Fetcher:
         self._channel = channel
         self._folder = Path(setup.cache_dir)
         self._options: dict[str, Any] = setup.source_options
+        self._ranges = Ranges(
+            int(self._options.get("max_ranges", 1)),
+            lambda fields: channel.send(Log("info", "ranges_measured", fields)),
+        )
         self._reported = self._logged = -_LOG_S
         self._refetched = 0
 
@@ -84,7 +89,7 @@ class Fetcher:
         whole = self._already_whole(fetch)
         if whole is not None:
             return whole
-        self._refetched = 0
+        self._refetched, lost_before = 0, self._ranges.lost_bytes
         path = self._folder / cache.partial_name(fetch.key)
         patience, changes = Patience(int(self._options["max_retries"])), 0
         with path.open("a+b") as file:
@@ -106,6 +111,7 @@ class Fetcher:
                     if pace.was_enough():
                         patience.progress()
                     self._wait(fetch, body, patience.pause_s(error), error)
+            self._refetched += self._ranges.lost_bytes - lost_before
             return self._finish(fetch, body, path)
 
     def _wait(self, fetch: Fetch, body: _Body, pause_s: float, error: TransientError) -> None:
@@ -124,7 +130,8 @@ class Fetcher:
         """One attempt: from the end of the partial file to the end of the shard."""
         if fetch.size_bytes is not None and body.have == fetch.size_bytes:
             return
-        chunks = source.read(body.have, Stat(fetch.size_bytes, fetch.version))
+        expected = Stat(fetch.size_bytes, fetch.version)
+        chunks = self._ranges.read(source, fetch.url, body.have, expected)
         if chunks.start != body.have:
             self._refetched += body.start_over()
         for chunk in pace.timed(chunks.data):
