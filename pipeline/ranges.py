@@ -78,7 +78,8 @@ class Ranges:
                         yield piece[: crew.start - at]
                         break
                     self._dismiss(crew)
-                    crew = self._found(host, 1, rate)
+                    crew = None
+                    self._found(host, 1, rate)
                 at += len(piece)
                 yield piece
                 meter.at(at)
@@ -115,12 +116,14 @@ class Ranges:
                     continue
                 if rate < _WORTH * before:
                     crew.shrink(crew.num // 2)
-                    before = self._found(host, crew.num, before)
+                    self._found(host, crew.num, before)
+                    before = None
                 elif 2 * crew.num <= self._limit:
                     before, meter = rate, _Meter()
                     crew.grow(2 * crew.num)
                 else:
-                    before = self._found(host, crew.num, rate)
+                    self._found(host, crew.num, rate)
+                    before = None
             rest = crew.end
         except Exception:
             self._found(host, 1)  # it may be because there were several
