@@ -57,7 +57,7 @@ class ColumnarEncoder:
         self,
         encoding: tiktoken.Encoding,
         splitter: Splitter,
-        cut: Callable[[bytes, int], int],
+        cut: Callable[[bytes | memoryview, int], int],
         eot: int,
         vocab_size: int,
         words: Iterable[bytes] | None = None,

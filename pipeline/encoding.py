@@ -160,7 +160,7 @@ def _encoder(
     """Columnar where the encoding's pattern is known to the letter, tiktoken for every other."""
     from pipeline import codepoints, columnar, pieces, pieces_cl100k
 
-    splitters = {
+    splitters: dict[str, Callable[[np.ndarray], columnar.Splitter]] = {
         pieces.GPT2_PATTERN: pieces.Gpt2Splitter,
         pieces_cl100k.CL100K_PATTERN: pieces_cl100k.Cl100kSplitter,
     }
@@ -265,7 +265,7 @@ _CUT_ENCODINGS = {"gpt2", "r50k_base", "p50k_base", "p50k_edit", "cl100k_base", 
 _CUT_WINDOW = 1 << 12
 
 
-def safe_cut(name: str) -> Callable[[bytes, int], int]:
+def safe_cut(name: str) -> Callable[[bytes | memoryview, int], int]:
     """How to cut a document of this encoding that is larger than a block.
 
     Returns:
@@ -275,7 +275,7 @@ def safe_cut(name: str) -> Callable[[bytes, int], int]:
     if name not in _CUT_ENCODINGS:
         return lambda text, limit: 0
 
-    def cut(text: bytes, limit: int) -> int:
+    def cut(text: bytes | memoryview, limit: int) -> int:
         end = min(limit, len(text))
         while end > 0:
             start = max(0, end - _CUT_WINDOW)

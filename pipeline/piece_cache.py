@@ -55,8 +55,9 @@ class PieceCache:
             low = high
         self._short = ShortTable(slots_log2[0])
         self._wide = PieceTable(KEY_WORDS[1], slots_log2[1])
-        self._tables = (self._short, self._wide)
+        self._tables: tuple[ShortTable | PieceTable, ...] = (self._short, self._wide)
         self._words = np.empty(0, np.uint64)
+        self._ids, self._used = np.empty(0, np.uint32), 0
         self._clear()
 
     def find(
@@ -99,8 +100,7 @@ class PieceCache:
         if wide.size:
             keys = keys_of(words, starts[wide], lengths[wide], KEY_WORDS[1])
             values[np.searchsorted(at, wide)] = self._wide.find(keys)
-        several = values >= TWO
-        single, several = np.flatnonzero(~several), np.flatnonzero(several)
+        single, several = np.flatnonzero(values < TWO), np.flatnonzero(values >= TWO)
         ids[at[single]] = values[single]
         return at[several], values[several]
 
@@ -134,10 +134,7 @@ class PieceCache:
         values[single] = ids[first[single]]
         self._store(ids)
         if keys is not None:
-            if len(keys) == KEY_WORDS[0]:
-                self._short.insert(*keys, values)
-            else:
-                self._wide.insert(keys, values)
+            self._tables[KEY_WORDS.index(len(keys))].insert(keys, values)
         return values
 
     def make_room(self) -> None:

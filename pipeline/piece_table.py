@@ -172,9 +172,10 @@ class ShortTable:
             values[at[found]] = details[found, 1]
             entries[found] = _NO_KEY
 
-    def insert(self, first: np.ndarray, second: np.ndarray, values: np.ndarray) -> None:
+    def insert(self, keys: list[np.ndarray], values: np.ndarray) -> None:
         """Add keys that are not in the table, by both words, the second 0 where there is none; a
         few may be lost to others that came with them."""
+        first, second = keys
         hashed = first * _MULTIPLIERS[0] + second * _MULTIPLIERS[1]
         home = (hashed >> self._shift).view(np.int64)
         codes = np.where(second == 0, np.minimum(values, self._other), self._other)

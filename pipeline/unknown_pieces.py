@@ -8,7 +8,6 @@ few and long ones by tiktoken.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -110,7 +109,7 @@ class UnknownPieces:
 
 def _lengths_as_keys(raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """How long pieces are, uint8: MAX_PIECE_BYTES + 1 for all that cannot be in keys."""
-    sizes = np.minimum(lengths, MAX_PIECE_BYTES + 1).astype(np.uint8)
+    sizes: np.ndarray = np.minimum(lengths, MAX_PIECE_BYTES + 1).astype(np.uint8)
     if raw.find(0) >= 0:
         zeros = np.flatnonzero(np.frombuffer(raw, np.uint8) == 0)
         any_zero = np.diff(np.searchsorted(zeros, [starts, starts + lengths]), axis=0)[0] > 0
@@ -124,15 +123,17 @@ def _distinct(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     A key whose place in the hash table went to another may come more than once.
     """
     rows = np.arange(len(keys[0]))
-    hashed = functools.reduce(lambda mixed, key: (mixed ^ key) * _MULTIPLIER, keys, np.uint64(0))
+    hashed = np.zeros(len(rows), np.uint64)
+    for key in keys:
+        hashed = (hashed ^ key) * _MULTIPLIER
     bits = int(_PLACES_PER_KEY * len(rows) + 1).bit_length()
     slots = (hashed >> np.uint64(64 - bits)).view(np.int64)
     owners = np.empty(1 << bits, np.int64)
     owners[slots] = rows
-    first = np.take(owners, slots, mode="clip")
+    first: np.ndarray = np.take(owners, slots, mode="clip")
     for key in keys:
         first = np.where(np.take(key, first, mode="clip") == key, first, rows)
     distinct = np.flatnonzero(first == rows)
     owners[: len(rows)][distinct] = np.arange(len(distinct))
-    which = np.take(owners, first, mode="clip")
+    which: np.ndarray = np.take(owners, first, mode="clip")
     return distinct, which

@@ -313,7 +313,7 @@ def test_a_table_of_short_pieces_does_so_too(
     first, second = ragged.padded(found, 16).view("<u8").T
     half = len(found) // 2
     given_values = np.arange(half, dtype=np.uint64) * step + 7
-    table.insert(first[:half], second[:half], given_values)
+    table.insert([first[:half], second[:half]], given_values)
     codes = np.empty(len(found), np.uint64)
     long = np.flatnonzero(second)
     at, others = table.find(first, long, second[long], codes)
@@ -347,7 +347,7 @@ def test_keys_that_agree_in_all_but_one_word_are_told_apart() -> None:
     for known in range(len(words)):
         table.clear()
         here = slice(known, known + 1)
-        table.insert(words[here], seconds[here], np.array([3], np.uint64))
+        table.insert([words[here], seconds[here]], np.array([3], np.uint64))
         codes = np.full(len(words), 99, np.uint64)
         long = np.flatnonzero(seconds)
         at, others = table.find(words, long, seconds[long], codes)
