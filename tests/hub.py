@@ -129,7 +129,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = {}
         if start + self.hub.page < len(entries):
             query["cursor"] = [str(start + self.hub.page)]
-            path = f"{urllib.parse.urlsplit(self.path).path}?{urllib.parse.urlencode(query, doseq=True)}"
+            rest = urllib.parse.urlencode(query, doseq=True)
+            path = f"{urllib.parse.urlsplit(self.path).path}?{rest}"
             headers["Link"] = f'<{self.hub.next_host or self.hub.url}{path}>; rel="next"'
         self._json(entries[start : start + self.hub.page], headers)
 
