@@ -57,10 +57,12 @@ class Known(NamedTuple):
     """What need not be asked for.
 
     given: the user's manifest; every shard must stand in it. kept: an earlier start's catalog.
+    ask: ask all the same, to compare.
     """
 
     given: Manifest | None = None
     kept: Manifest | None = None
+    ask: bool = False
 
 
 NOTHING = Known()
@@ -175,7 +177,7 @@ def _name(url: str) -> str:
 
 def _without_asking(found: Found, name: str, known: Known) -> Found:
     """With what is known of its size and version; a file of this disk is always looked at."""
-    if found.stat is not None or scheme_of(found.url) == "file":
+    if found.stat is not None or scheme_of(found.url) == "file" or known.ask:
         return found
     entries = [one and one.find(name) for one in (known.kept, known.given)]
     entry = next((one for one in entries if one and one.size_bytes and one.version), None)

@@ -52,7 +52,7 @@ def list_shards(patterns: tuple[str, ...], manifest_path: str | None, as_json: b
     stream = Stream()
     options = {"max_retries": stream.max_retries, "timeout_s": stream.timeout_s}
     given = None if manifest_path is None else manifest.read(Path(manifest_path))
-    found = catalog.build(patterns, options, catalog.Known(given), watch())
+    found = catalog.build(patterns, options, catalog.Known(given, ask=bool(patterns)), watch())
     if as_json:
         encoder = msgspec.json.Encoder()
         for entry in catalog.to_entries(found, with_local=True):

@@ -38,7 +38,8 @@ def where(run: str, processes: int | None, as_json: bool, **options: Any) -> Non
 
     The lanes are read again from the nearest earlier checkpoint on, without training; shards that
     are no longer on the disk are fetched again within the budget. The batch found must have the
-    hash that the run has logged, or this is an error.
+    hash that the run has logged, or this is an error. A run that is going on owns its cache: if its
+    shards are not on this disk, give --cache-dir.
 
     \b
     Examples:

@@ -218,7 +218,7 @@ def _translate(error: Exception, name: str, kind: _Kind) -> Exception:
         return SourceError(f"{name}: access denied {code}".rstrip(), remedy)
     if "redirect" in text.lower():
         return SourceError(f"{name}: its bucket is elsewhere", _REGION)
-    if "certificate" in text.lower():
+    if "InvalidCertificate(" in str(error):  # it stands in the debug source alone
         return SourceError(
             f"{name}: its certificate is not trusted",
             "set SSL_CERT_FILE to your authority's certificate if the server is yours",

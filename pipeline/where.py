@@ -13,10 +13,11 @@ The cost is reading and encoding from the nearest earlier checkpoint on, in para
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import msgspec
@@ -40,7 +41,7 @@ from pipeline import (
 from pipeline.catalog import Shard
 from pipeline.checkpoints import Checkpoint
 from pipeline.config import Config, from_plain
-from pipeline.errors import ConfigError, ShardError
+from pipeline.errors import CacheInUseError, ConfigError, ShardError
 from pipeline.lanes import Lanes
 from pipeline.listing import QUIET, Watch
 from pipeline.messages import Cursor, LaneCursor, Skip
@@ -108,6 +109,7 @@ def find(
 
     Raises:
         ConfigError: there is no such run, step or row, or the shards are not the run's.
+        CacheInUseError: the run is going on, and its shards are remote.
         BudgetError, SourceError: a shard has to be fetched again and cannot be; names it.
         ShardError: a shard cannot be read, or the batch is not the one that the run has logged.
     """
@@ -130,11 +132,28 @@ def find(
     lanes = mixture.plan(past.config, shards, counts, groups)
     T = past.config.data.preprocessing.max_context_size
     with ExitStack() as stack:
-        lock = stack.enter_context(cache.own(Path(cache_dir)))
+        if all(catalog.local_path(shard.url) for shard in shards):  # a run may own its cache
+            cache_dir = stack.enter_context(TemporaryDirectory(prefix="fineweb-where-"))
+        lock = stack.enter_context(_owned(Path(cache_dir)))
         files = ShardFiles(Path(cache_dir), lock, budget, options)
         workers = stack.enter_context(pool.processes(request.processes))
         rows, tokens = _Search(past, shards, lanes, Turns(groups, T), files, workers, tell).batch()
     return _answer(request, past, rows, tokens, files.fetched)
+
+
+@contextmanager
+def _owned(cache_dir: Path) -> Iterator[int]:
+    """See cache.own. Raises: CacheInUseError, with what to do about it here."""
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(cache.own(cache_dir))
+        except CacheInUseError as error:
+            error.remedy = (
+                "give --cache-dir and a folder of its own: shards that are needed are then fetched "
+                "into it, within --max-disk; or ask again when the run has ended"
+            )
+            raise
+        yield lock
 
 
 # ── what is known of the run ────────────────────────────────────────────────────────────────

@@ -75,7 +75,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             limits = {"RateLimit": '"api";r=0;t=1', "RateLimit-Policy": '"fixed window";q=1;w=300'}
             self._say(429, limits)
             return
-        path, _, query = self.path.partition("?")
+        url = urllib.parse.urlsplit(self.path)  # a whole address, if it comes through a proxy
+        path, query = url.path, url.query
         match path.strip("/").split("/", 5 if path.startswith("/api") else 4):
             case ["api", "datasets", "owner", "name", "revision", revision]:
                 if (files := self._open(revision)) is not None:
@@ -128,7 +129,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = {}
         if start + self.hub.page < len(entries):
             query["cursor"] = [str(start + self.hub.page)]
-            path = f"{self.path.partition('?')[0]}?{urllib.parse.urlencode(query, doseq=True)}"
+            rest = urllib.parse.urlencode(query, doseq=True)
+            path = f"{urllib.parse.urlsplit(self.path).path}?{rest}"
             headers["Link"] = f'<{self.hub.next_host or self.hub.url}{path}>; rel="next"'
         self._json(entries[start : start + self.hub.page], headers)
 

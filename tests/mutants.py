@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import placing
+from pipeline import mixture, placing
 from pipeline.fetching import Fetching
 from pipeline.filling import Filling
 from pipeline.placing import Placing
@@ -160,6 +160,10 @@ PLANTED = (
            "self.filling.assign()\n        self.placing.assign()",
            "    self.fetching.assign(); self.filling.assign(); self.placing.assign()\n        "
            "self.placing.advance(); break"),
+    Mutant("a data set is read from another's shards", mixture._SideBySide, "turn",
+           "first + turn.shard", "turn.shard"),
+    Mutant("the reader of a mix is thought to take a window of each lane in turn", Scheduler,
+           "_reader_waits", "self.state.plan.groups or", "None or", first=1100),
     Mutant("a hang is never found", Scheduler, "on_time",
            "silent > state.plan.hang_s", "False"),
 )  # fmt: skip

@@ -137,6 +137,10 @@ class _Handler(socketserver.BaseRequestHandler):
         asked = [lines[0], *(f"{key}: {value}" for key, value in kept.items())]
         with socket.create_connection(self.proxy.upstream, 10) as server:
             server.sendall("\r\n".join([*asked, "Connection: close", "", ""]).encode("latin-1"))
+            left = int(headers.get("content-length", 0))
+            while left and (piece := self.request.recv(min(left, _PIECE_BYTES))):
+                server.sendall(piece)
+                left -= len(piece)
             head = _head(server)
             if fault is NONE:  # the next request may be of a client that would use it again
                 head = header("Connection", "close")(head)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import catalog, hub_source, manifest
+from pipeline import catalog, hub_source, listing, manifest
 from pipeline.errors import ConfigError, SourceError
 from tests.fetched import DATA, NAME, OPTIONS, Fetched
 from tests.harness import english, job, run, write_shards
@@ -64,10 +64,10 @@ def test_shards_have_the_digests_of_the_hub(hub: Hub) -> None:
     (shard,) = catalog.build([f"{SET}/{ONE}"], OPTIONS)
     assert shard.sha256 == shard.version == hashlib.sha256(hub.files[ONE]).hexdigest()
     assert shard.url == f"{SET}@{COMMIT}/{ONE}", "the commit is fixed"
-    (asked,) = catalog._stats([catalog.Found(shard.url, "")], OPTIONS, lambda *_: None)
+    (asked,) = catalog._stats([catalog.Found(shard.url, "")], OPTIONS, listing.QUIET)
     assert (asked.size_bytes, asked.version) == (shard.size_bytes, shard.version)
     (small,) = catalog.build([f"{SET}/README.md"], OPTIONS)
-    (asked,) = catalog._stats([catalog.Found(small.url, "")], OPTIONS, lambda *_: None)
+    (asked,) = catalog._stats([catalog.Found(small.url, "")], OPTIONS, listing.QUIET)
     assert asked.version == small.version
 
 

@@ -24,7 +24,7 @@ from tests.servers import Behaviour, http_server
 DATA = np.random.default_rng(2).bytes(2_500_000)
 SEVERAL = {"max_ranges": 4}
 # A trial's sizes and times, a fraction of those in production.
-SMALL = {"PIECE_BYTES": 120_000, "LARGE_BYTES": 600_000, "SETTLE_S": 0.03, "MEASURE_S": 0.12}
+SMALL = {"PIECE_BYTES": 120_000, "LARGE_BYTES": 600_000, "SETTLE_S": 0.03, "MEASURE_S": 0.2}
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,10 @@ def small(monkeypatch: pytest.MonkeyPatch, short_waits: None) -> None:
 
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[tuple[str, Behaviour]]:
-    """A server that gives each connection 2 MB/s."""
+    """A server that gives each connection 1 MB/s."""
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / NAME).write_bytes(DATA)
-    how = Behaviour(etag={NAME: '"one"'}, bytes_per_s=2e6)
+    how = Behaviour(etag={NAME: '"one"'}, bytes_per_s=1e6)
     with http_server(tmp_path / "served", how) as url:
         yield url, how
 
@@ -107,7 +107,7 @@ def test_what_does_not_qualify_is_one_request(
     tmp_path: Path, slow: tuple[str, Behaviour], change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, how = slow
-    how.bytes_per_s = 1e7
+    how.bytes_per_s = 6e6
     match change:
         case "no length":
             how.no_length.add(NAME)

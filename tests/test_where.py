@@ -16,9 +16,9 @@ import xxhash
 import zstandard
 from click.testing import CliRunner
 
-from pipeline import encoding
+from pipeline import cache, encoding
 from pipeline.cli import cli
-from pipeline.errors import BudgetError, ConfigError, ShardError, SourceError
+from pipeline.errors import BudgetError, CacheInUseError, ConfigError, ShardError, SourceError
 from pipeline.where import Answer, Request, find
 from tests.harness import english, job, run
 from tests.servers import Behaviour, http_server
@@ -173,3 +173,15 @@ def test_another_batch_than_was_logged_is_an_error(ran: Ran) -> None:
             find(ran.request(5))
     finally:
         path.write_text(kept)
+
+
+def test_of_a_run_that_goes_on_its_cache_is_left_alone(ran: Ran, tmp_path: Path) -> None:
+    """The error says what to do, and that works."""
+    with cache.own(ran.run_dir.parent / "cache"):
+        before = sorted((ran.run_dir.parent / "cache").iterdir())
+        with pytest.raises(CacheInUseError, match="belongs to a run that is going on") as caught:
+            find(ran.request(2))
+        assert "--cache-dir" in caught.value.remedy
+        answer = find(ran.request(2, cache_dir=str(tmp_path / "own")))
+        assert answer.verified
+        assert sorted((ran.run_dir.parent / "cache").iterdir()) == before

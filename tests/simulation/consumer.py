@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from pipeline.messages import (
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 class Consumer(Process):
     """Trainer or writer.
 
-    A trainer reads windows of T + 1 tokens, the lane that is furthest behind first; a writer
-    reads T tokens of each lane in turn up to the lane's end.
+    A trainer reads windows of T + 1 tokens, of the data set that is furthest behind its weight
+    and there of the lane that is furthest behind; a writer reads T tokens of each lane in turn up
+    to the lane's end.
     """
 
     role = "consumer"
@@ -81,12 +83,22 @@ class Consumer(Process):
         """The lane that the reader needs next, whether its tokens are there or not."""
         need = 1 if self.writer else self.T + 1
         best = None
-        for lane, position in enumerate(self.positions):
-            end = self.ends[lane]
+        for lane in self.due():
+            position, end = self.positions[lane], self.ends[lane]
             turn = position // self.T
             if (end is None or position + need <= end) and (best is None or turn < best[0]):
                 best = turn, lane
         return None if best is None else best[1]
+
+    def due(self) -> range:
+        """The lanes of the data set whose turn it is."""
+        lanes, first = [], 0
+        for one in self.sim.world.sets:
+            members = range(first, first + one.lanes)
+            windows = sum(self.positions[lane] // self.T for lane in members)
+            lanes.append((Fraction(2 * windows + 1, 2 * one.weight), first, members))
+            first += one.lanes
+        return min(lanes)[2]
 
     def will_starve(self, unsent: Iterable[Message]) -> bool:
         """Whether it frees no slot any more, though it reads all that was published. Lanes that

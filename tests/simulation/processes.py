@@ -291,6 +291,7 @@ class Decompressor(Process):
                 what=f"{name}: cannot be read on from block {stream.next}",
                 remedy="fetch it again",
                 cache_damaged=damaged,
+                of_source=self.sim.world.shards[stream.shard].streamed,
             )
         )
 

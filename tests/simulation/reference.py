@@ -30,20 +30,30 @@ def text_bytes_of(shard: int, block: int) -> int:
 
 
 def dealt(world: World, epoch: int) -> list[list[int]]:
-    """The shards of every lane in one epoch."""
-    order = list(range(len(world.shards)))
+    """The shards of every lane in one epoch: each data set deals its own."""
+    lanes: list[list[int]] = []
+    first = 0
+    for one in world.sets:
+        of_set = _dealt(world, epoch, world.shards[first : first + one.shards], one.lanes)
+        lanes += [[first + shard for shard in lane] for lane in of_set]
+        first += one.shards
+    return lanes
+
+
+def _dealt(world: World, epoch: int, shards: Sequence[SimShard], num_lanes: int) -> list[list[int]]:
+    order = list(range(len(shards)))
     if world.shuffle is not None:
         order.sort(
             key=lambda s: (xxhash.xxh3_64_intdigest(f"{world.shuffle}:{epoch}:{s}".encode()), s)
         )
-    known = [shard.listed for shard in world.shards if shard.listed is not None]
+    known = [shard.listed for shard in shards if shard.listed is not None]
     mean = sum(known) // len(known) if known else 1
-    lanes: list[list[int]] = [[] for _ in range(world.lanes)]
-    load = [0] * world.lanes
+    lanes: list[list[int]] = [[] for _ in range(num_lanes)]
+    load = [0] * num_lanes
     for shard in order:
         lane = load.index(min(load))
         lanes[lane].append(shard)
-        size = world.shards[shard].listed
+        size = shards[shard].listed
         load[lane] += max(1, mean if size is None else size)
     return lanes
 

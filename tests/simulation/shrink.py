@@ -50,11 +50,14 @@ def shrink(world: World) -> World:
 def _candidates(world: World) -> Iterator[World]:
     for n in range(len(world.faults)):
         yield replace(world, faults=world.faults[:n] + world.faults[n + 1 :])
-    if len(world.shards) > world.lanes:
+    if world.mix:
+        yield replace(world, mix=())
+    if len(world.shards) > world.lanes and not world.mix:
         for n in range(len(world.shards)):
             yield replace(world, shards=world.shards[:n] + world.shards[n + 1 :])
     for name, value in _SMALLER.items():
-        if getattr(world, name) != value and not (name == "stop_after" and world.epochs is None):
+        fixed = (name == "stop_after" and world.epochs is None) or (name == "lanes" and world.mix)
+        if getattr(world, name) != value and not fixed:
             yield replace(world, **{name: value})
     for n, shard in enumerate(world.shards):
         plain = shard._replace(poison=None, unreadable=None, failures=0, end_bad=0)

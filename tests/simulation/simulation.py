@@ -6,10 +6,14 @@ import itertools
 from collections import Counter
 from random import Random
 
-from pipeline.lanes import LanePlan
+from pipeline import mixture
+from pipeline.catalog import Shard
+from pipeline.config import Config, Data, DataSet, Stream, System
+from pipeline.lanes import Lanes
 from pipeline.messages import Cursor, LaneCursor, RingLayout, Stop
 from pipeline.scheduler import CONSUMER
 from pipeline.state import Plan, ShardInfo
+from pipeline.turns import Group
 from tests.simulation import checks
 from tests.simulation.generation import Ended, Generation
 from tests.simulation.matter import Disk, SimRing, Slots, Violation
@@ -128,6 +132,11 @@ class Simulation:
     def plan(self, cursor: Cursor) -> Plan:
         """What the supervisor would hand to the scheduler."""
         world = self.world
+        firsts = itertools.accumulate((one.lanes for one in world.sets), initial=0)
+        groups = tuple(
+            Group(f"set-{number}", first, one.lanes, one.weight)
+            for number, (first, one) in enumerate(zip(firsts, world.sets, strict=False))
+        )
         return Plan(
             shards=tuple(
                 ShardInfo(
@@ -137,15 +146,12 @@ class Simulation:
                     version="1",
                     size_bytes=shard.listed,
                     local_path=f"/{index}" if shard.local else None,
+                    streamed=shard.streamed,
                 )
                 for index, shard in enumerate(world.shards)
             ),
-            lanes=LanePlan(
-                [shard.listed for shard in world.shards],
-                lanes=world.lanes,
-                seed=world.shuffle,
-                epochs=world.epochs,
-            ),
+            lanes=self._lanes(groups),
+            groups=groups if world.mix else (),
             ring=RingLayout(world.lanes, world.ring_slots, world.seq_len * world.slot_windows, 2),
             seq_len=world.seq_len,
             text_slots=world.text_slots,
@@ -166,6 +172,15 @@ class Simulation:
             disk_full_retry_s=1.0,
             cursor=cursor,
         )
+
+    def _lanes(self, groups: tuple[Group, ...]) -> Lanes:
+        """Which shard comes when in which lane, by the rule of a run with this configuration."""
+        world = self.world
+        data_sets = {group.name: DataSet([], epochs=world.epochs) for group in groups}
+        stream = Stream(mix=data_sets, shuffle=world.shuffle is not None)
+        config = Config("world", data=Data(stream=stream), system=System(seed=world.shuffle or 0))
+        shards = [Shard(n, "", "", one.listed, "") for n, one in enumerate(world.shards)]
+        return mixture.plan(config, shards, [one.shards for one in world.sets], groups)
 
     # ── what processes ask of the world ─────────────────────────────────────────────────────
 

@@ -5,7 +5,8 @@ Pure: a world is plain data, so a failing one can be made smaller and run again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
@@ -37,11 +38,20 @@ class SimShard(NamedTuple):
     unreadable: int | None = None  # cannot be read on from this block on
     failures: int = 0  # fetches that fail for good before one works
     poison: Poison | None = None
+    streamed: bool = False  # with --max-disk 0: it is remote, and read as a local one is
 
     @property
     def lying(self) -> bool:
         """Its size is known and wrong: it can never be fetched."""
         return not self.local and self.listed is not None and self.listed != self.size
+
+
+class SimSet(NamedTuple):
+    """One of several data sets: consecutive shards, in consecutive lanes of its own."""
+
+    shards: int
+    lanes: int
+    weight: int
 
 
 class Fault(NamedTuple):
@@ -83,6 +93,12 @@ class World:
     stop_after: int | None  # updates of an endless run
     slow: tuple[int, ...]  # per kind of actor, how much slower than others it is
     faults: tuple[Fault, ...]
+    mix: tuple[SimSet, ...] = ()  # none: all shards are of one data set
+
+    @property
+    def sets(self) -> tuple[SimSet, ...]:
+        """The data sets, one if there is no mix."""
+        return self.mix or (SimSet(len(self.shards), self.lanes, 1),)
 
     @property
     def floor(self) -> int:
@@ -147,7 +163,7 @@ def draw(seed: int) -> World:
     endless = r() < 0.1 and any(block.tokens for shard in shards for block in shard.blocks)
     some_epochs = 2 + upto(2) if few or r() < 0.3 else 1
     num_faults = 0 if r() < 0.15 else upto(9)
-    return World(
+    world = World(
         seed=seed,
         shards=shards,
         lanes=lanes,
@@ -176,6 +192,28 @@ def draw(seed: int) -> World:
         slow=tuple(1 if r() < 0.6 else 2 + upto(8) for _ in range(5)),
         faults=tuple(sorted(_fault(rng, _THEMES[theme]) for _ in range(num_faults))),
     )
+    return _special(world, Random(f"special {seed}"))
+
+
+def _special(world: World, rng: Random) -> World:
+    """Some worlds mix data sets, and some have no shard on the disk. What else a seed draws does
+    not depend on it."""
+    if rng.random() < 0.08:
+        shards = (
+            one._replace(local=True, streamed=not one.local, listed=one.size)
+            for one in world.shards
+        )
+        world = replace(world, shards=tuple(shards))
+    if world.lanes > 1 and not world.writer and rng.random() < 0.3:
+        num = rng.randint(2, world.lanes)
+        firsts = [0, *sorted(rng.sample(range(1, world.lanes), num - 1)), world.lanes]
+        lanes = [end - begin for begin, end in itertools.pairwise(firsts)]
+        shards_of = list(lanes)
+        for _ in range(len(world.shards) - world.lanes):
+            shards_of[rng.randrange(num)] += 1
+        mix = (SimSet(*one, rng.randint(1, 5)) for one in zip(shards_of, lanes, strict=True))
+        world = replace(world, mix=tuple(mix))
+    return world
 
 
 def _fault(rng: Random, kinds: tuple[str, ...]) -> Fault:
