@@ -42,7 +42,7 @@ _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 class Place(msgspec.Struct, frozen=True):
     """Where a rank runs: an entry of MLX's hostfile."""
 
-    ssh: str = "127.0.0.1"
+    ssh: str
     ips: list[str] = []
 
     @property
@@ -87,7 +87,7 @@ def layout(
         ConfigError: the hostfile cannot be used, or names a library that only mlx.launch starts.
     """
     if hostfile is None:
-        hosts = _Hostfile([Place()] * (ranks or 1))
+        hosts = _Hostfile([Place(_LOCAL[0])] * (ranks or 1))
     else:
         hosts = _read(Path(hostfile))
         if ranks is not None:

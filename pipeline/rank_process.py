@@ -49,7 +49,7 @@ class Ending(msgspec.Struct, frozen=True):
 
 def main() -> None:
     """Read the order, run it, say how it ended."""
-    orders = open(0, "rb", buffering=0)  # unbuffered: no lock is held when the process ends
+    orders = FileIO(0)  # unbuffered: no lock is held when the process ends
     order = msgspec.json.decode(orders.readline(), type=Order)
     out = os.dup(1)  # whatever else writes to standard output must not stand in the ending
     os.dup2(2, 1)

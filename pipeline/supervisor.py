@@ -40,6 +40,7 @@ from pipeline import (
 )
 from pipeline.config import Config, to_plain, without_secrets
 from pipeline.errors import (
+    BudgetError,
     ConfigError,
     ExitCode,
     FinewebError,
@@ -325,6 +326,9 @@ class _Run:
             self.reporter.ended(ExitCode(outcome.exit_code))
             return outcome
         except FinewebError as error:
+            here = self.others.on_this_host
+            if isinstance(error, BudgetError) and here > 1 and not self.job.held_out:
+                error.remedy += f"; {here} times that, since the ranks of a host share it"
             self.reporter.ended(error.exit_code, error.what, error.remedy)
             raise
         finally:
