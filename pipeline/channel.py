@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
@@ -34,9 +35,13 @@ class Frames:
     """Cuts received bytes into messages; a torn last frame is never delivered. Pure.
 
     damaged: the bytes are no messages from here on: whoever sends them must be given up.
+
+    Args:
+        decode: Makes a message of a payload.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decode: Callable[[bytes], Message] = _decode) -> None:
+        self._decode = decode
         self._buffer = bytearray()
         self.damaged = False
 
@@ -52,7 +57,7 @@ class Frames:
                 break
             at += _LENGTH.size
             try:
-                messages.append(_decode(bytes(memoryview(buffer)[at : at + size])))
+                messages.append(self._decode(bytes(memoryview(buffer)[at : at + size])))
             except _NO_MESSAGE:
                 self.damaged = True
             at += size
@@ -142,12 +147,16 @@ class SupervisorChannel:
     """The supervisor's end: sends are queued and never block, receives take what is there.
 
     Runs in: supervisor.
+
+    Args:
+        sock: Connected.
+        decode: See Frames.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, decode: Callable[[bytes], Message] = _decode) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self._frames = Frames()
+        self._frames = Frames(decode)
         self._outbox = bytearray()
 
     def fileno(self) -> int:
@@ -175,7 +184,7 @@ class SupervisorChannel:
             try:
                 while self._outbox:
                     del self._outbox[: self.sock.send(self._outbox)]
-            except (BrokenPipeError, ConnectionResetError):
+            except (BrokenPipeError, ConnectionResetError, TimeoutError):
                 self._outbox.clear()
 
     def receive(self) -> tuple[list[Message], bool]:
@@ -190,7 +199,7 @@ class SupervisorChannel:
                 data = self.sock.recv(_RECV_BYTES)
             except BlockingIOError:
                 return messages, False
-            except ConnectionResetError:
+            except (ConnectionResetError, TimeoutError):
                 return messages, True
             if not data:
                 return messages, True

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from pipeline import checkpoints, cli_options
+from pipeline import checkpoints, cli_options, cli_ranks
 from pipeline.cli_options import Given, config_option, stream_options
 from pipeline.errors import MEANINGS, ConfigError
 from pipeline.view import make_view
@@ -43,6 +43,7 @@ _TOKENIZE_DEFAULTS = {
 )
 @click.option("--name", metavar="NAME", help="Name of the run: its folder is runs/NAME.")
 @click.option("--runs-dir", metavar="DIR", help="Folder of all runs.  [default: runs]")
+@cli_ranks.rank_options
 @stream_options
 @click.pass_context
 def start(ctx: click.Context, /, config_path: str | None, **options: Any) -> None:
@@ -56,6 +57,8 @@ def start(ctx: click.Context, /, config_path: str | None, **options: Any) -> Non
       fineweb-pipeline start --config model-config-80m-fineweb \\
           --shards 's3://my-bucket/fineweb/shard-{00000..01000}.tar.bz2' --max-disk 35
       fineweb-pipeline start --shards '/data/*.parquet' --steps 100 --workers 4
+      fineweb-pipeline start -n 4 --max-restarts 3 --shards '/data/*.parquet'
+      fineweb-pipeline start --hostfile macs.json --shards '/data/*.parquet'
     """
     given = cli_options.given(ctx)
     resolved = given.resolve(config_path, {} if config_path else {"name": "run"})
@@ -159,6 +162,9 @@ def run(job: Job, given: Given) -> Outcome:
     from pipeline import supervisor
 
     progress = "plain" if given.own["plain"].value else given.own["progress"].value
+    outcome = cli_ranks.run(job, given, progress)
+    if outcome is not None:
+        return outcome
     view = make_view(progress)
     try:
         return supervisor.run(job, view)

@@ -239,6 +239,17 @@ class System(Section):
     compile: Literal["auto", "always", "never"] = "auto"
 
 
+class Ranks(Section):
+    """Several processes or hosts that train one model: docs/DISTRIBUTED.md."""
+
+    # host:port where rank 0 waits for the others; null: next to where a launcher says that it is
+    meeting: str | None = None
+    start_s: float = 120.0  # the others are waited for this long
+    timeout_s: float = 30.0  # a host that cannot be reached for this long is lost
+    # What gradients are summed in; bfloat16 halves the bytes, and rounds before the sum.
+    gradients: Literal["float32", "bfloat16"] = "float32"
+
+
 class Config(Section):
     name: str
     data: Data = Data()
@@ -246,6 +257,7 @@ class Config(Section):
     training: Training = Training()
     logging: Logging = Logging()
     system: System = System()
+    ranks: Ranks = Ranks()
 
 
 # ── plain data ─────────────────────────────────────────────────────────────────────────────────
@@ -353,6 +365,8 @@ def _rules(config: Config) -> list[tuple[bool, str, str]]:
         "logging.keep_checkpoints": log.keep_checkpoints,
         "logging.keep_every": 1 if log.keep_every is None else log.keep_every,
         "data.validation.tokens": validation.tokens,
+        "ranks.start_s": config.ranks.start_s,
+        "ranks.timeout_s": config.ranks.timeout_s,
     }
     rules = [(value > 0, key, f"{value} is not positive") for key, value in positive.items()]  # type: ignore[operator]
     rules += [

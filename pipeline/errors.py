@@ -120,6 +120,10 @@ class StoppedError(FinewebError):
     exit_code = ExitCode.RESUME
 
 
+class PeerLostError(StoppedError):
+    """Another rank is gone: the same command resumes all of them from the last checkpoint."""
+
+
 # What the file system says of a file, as opposed to a bug in the use of a descriptor or socket.
 _OF_FILES = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT,

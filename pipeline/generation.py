@@ -322,8 +322,10 @@ class Generation:
                     self.hooks.event(
                         "error", "worker_failed", who=child.name, traceback=message.traceback
                     )
-                error = FinewebError(message.what, message.remedy)
-                error.exit_code = ExitCode(message.exit_code)
+                code = ExitCode(message.exit_code)
+                kind = StoppedError if code is ExitCode.RESUME else FinewebError
+                error = kind(message.what, message.remedy)
+                error.exit_code = code
                 raise error
             case _:
                 child.ready = child.ready or isinstance(message, Hello)

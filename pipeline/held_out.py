@@ -22,6 +22,7 @@ import xxhash
 from pipeline import catalog, checkpoints
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.ranks import Rank
 from pipeline.workers import writer
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def job_for(job: Job) -> Job:
         limit_tokens=validation.tokens,
         file_tokens=validation.tokens,
         held_out=True,
+        rank=Rank(),
     )
 
 

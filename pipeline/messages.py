@@ -373,7 +373,7 @@ class TrainerSetup(Message):
 
     config is the resolved configuration as plain data (pipeline/config.py reads it back).
     positions: where each lane stands, a multiple of seq_len each. checkpoint: folder to restore
-    from, or None for a fresh start.
+    from, or None for a fresh start, or where another rank has it.
     """
 
     ring: RingLayout
@@ -383,6 +383,8 @@ class TrainerSetup(Message):
     checkpoint: str | None
     validation: str | None = None  # token file; None: no validation
     groups: tuple[Group, ...] = ()  # the data sets' lanes
+    rank: int = 0  # positions and groups are of all lanes, the ring holds this rank's
+    size: int = 1
 
 
 class ConsumerReady(Message):

@@ -80,6 +80,7 @@ class Reporter:
         self._cpu_s: dict[str, float] = {}
         self.trackers: Sequence[Tracker] = ()
         self.other_bytes = 0  # of the validation tokens' folder
+        self.budget_bytes = int(job.config.data.stream.max_disk_gb * 1e9)
         self._picture: Status | None = None  # a quarter of a second old at most
         self._power = Power()
         self._watts: float | None = None
@@ -227,7 +228,7 @@ class Reporter:
         used = cached_bytes + reserved + checkpoint_bytes + log_bytes
         self.peak_disk_bytes = max(self.peak_disk_bytes, used)
         return DiskStatus(
-            budget_bytes=int(self.job.config.data.stream.max_disk_gb * 1e9),  # 0: no shard at all
+            budget_bytes=self.budget_bytes,  # 0: no shard at all
             used_bytes=used,
             cached_bytes=cached_bytes,
             reserved_bytes=reserved,

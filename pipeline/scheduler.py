@@ -277,15 +277,19 @@ class Scheduler:
         """Whether the reader has read what it can: it takes windows by the rule of turns.py, so a
         lane with nothing to read says how far it can have come in the others."""
         T, C = self.state.plan.seq_len, self.state.plan.ring.slot_tokens
-        turns = Turns(self.state.plan.groups or one_group(len(self.state.lanes)), T)
-        ends = [lane.end for lane in self.state.lanes]
-        most = [None if end is None else max(0, end - 1) // T for end in ends]
+        groups = self.state.plan.groups or one_group(len(self.state.lanes))
+        turns = Turns(groups, T)
+        owned = self.state.plan.owned or range(len(self.state.lanes))
+        # other ranks' lanes count as endless: then nobody is thought to wait who does not
+        most: list[int | None] = [None] * sum(group.lanes for group in groups)
+        for lane in self.state.lanes:
+            most[owned[lane.index]] = None if lane.end is None else max(0, lane.end - 1) // T
         going = [lane for lane in self.state.lanes if lane.end is None]
         dry = [lane for lane in going if lane.published == lane.released]
         for lane in dry:
             turn = max(lane.base, lane.released * C) // T
-            reached = turns.reached(lane.index, turn, most)
-            if all(other in dry or other.released >= reached[other.index] * T // C
+            reached = turns.reached(owned[lane.index], turn, most)
+            if all(other in dry or other.released >= reached[owned[other.index]] * T // C
                    for other in going):  # fmt: skip
                 return True
         return False

@@ -122,6 +122,23 @@ def start(
     return Child(name, role, process, SupervisorChannel(ours), now)
 
 
+def start_rank(command: Sequence[str], *, quiet: bool) -> subprocess.Popen[bytes]:
+    """Start a rank (pipeline/rank_process.py), here or through ssh: its orders come through its
+    standard input, how it ended through its standard output. It ends when we do.
+
+    Args:
+        command: What to run.
+        quiet: Its standard error is a pipe instead of ours.
+    """
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if quiet else None,
+        process_group=0,  # Ctrl-C reaches us, and through us all of them once
+    )
+
+
 def start_status_server(folder: Path, listening: socket.socket) -> subprocess.Popen[bytes]:
     """Start the process that answers requests about the run in this folder (pipeline/web.py). It
     has the listening socket, and ends with its standard input, and so with us."""

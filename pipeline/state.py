@@ -65,7 +65,8 @@ class Plan:
     hang_s: float = 180.0  # a worker with work that says nothing for this long is killed
     disk_full_retry_s: float = 5.0
     cursor: Cursor | None = None
-    groups: tuple[Group, ...] = ()  # the data sets' lanes; none: there is one
+    groups: tuple[Group, ...] = ()  # the data sets' lanes, all ranks'; none: there is one
+    owned: tuple[int, ...] = ()  # what our lanes are called in groups; none: as here
 
 
 # ── commands ────────────────────────────────────────────────────────────────────────────────

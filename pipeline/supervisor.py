@@ -31,6 +31,7 @@ from pipeline import (
     held_out,
     identity,
     manifest,
+    meeting,
     mixture,
     serving,
     sizes,
@@ -38,10 +39,20 @@ from pipeline import (
     trackers,
 )
 from pipeline.config import Config, to_plain, without_secrets
-from pipeline.errors import ConfigError, ExitCode, FinewebError, WorkerCrashError, disk_error
+from pipeline.errors import (
+    BudgetError,
+    ConfigError,
+    ExitCode,
+    FinewebError,
+    PeerLostError,
+    StoppedError,
+    WorkerCrashError,
+    disk_error,
+)
 from pipeline.generation import ConsumerDiedError, Generation, Hooks, Setup, evict_files
 from pipeline.listing import Watch
 from pipeline.log import RunLog
+from pipeline.meeting import Meeting
 from pipeline.messages import (
     CheckpointWritten,
     ConsumerDone,
@@ -56,6 +67,7 @@ from pipeline.messages import (
     TrainerSetup,
     WriterSetup,
 )
+from pipeline.ranks import Rank, Share
 from pipeline.report import Reporter
 from pipeline.serving import Serving
 from pipeline.state import Plan, ShardInfo
@@ -81,6 +93,7 @@ class Job(msgspec.Struct, frozen=True):
     limit_tokens: int | None = None
     file_tokens: int = 100_000_000
     held_out: bool = False  # of the documents that training does not see
+    rank: Rank = Rank()
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -102,11 +115,14 @@ def run(job: Job, view: View) -> Outcome:
     try:
         with ExitStack() as stack:
             locks = [stack.enter_context(cache.own(folder)) for folder in folders.values()]
-            stops = stack.enter_context(_signals())
+            stops = stack.enter_context(stop_signals())
+            others = stack.enter_context(
+                meeting.of(job.rank, job.config.ranks, lambda: stops.count)
+            )
             server = stack.enter_context(serving.of(job))
             if job.fresh:
                 _start_over(job, run_dir)
-            own = (view, stops, locks, server)
+            own = (view, stops, locks, server, others)
             return _hold_out(job, *own) or _Run(job, *own).run()
     except OSError as error:
         known = disk_error(error, "the supervisor")
@@ -116,17 +132,17 @@ def run(job: Job, view: View) -> Outcome:
 
 
 def _hold_out(
-    job: Job, view: View, stops: _Stops, lock_fds: list[int], server: Serving
+    job: Job, view: View, stops: Stops, lock_fds: list[int], server: Serving, others: Meeting
 ) -> Outcome | None:
     """Make the validation tokens if they are wanted and not there; an outcome if that was
-    stopped."""
-    if job.kind != "train" or not held_out.wanted(job.config):
+    stopped. Rank 0 alone validates."""
+    if job.kind != "train" or not held_out.wanted(job.config) or job.rank.number:
         return None
     inner = held_out.job_for(job)
     if held_out.is_ready(inner):
         return None
     Path(inner.run_dir).mkdir(parents=True, exist_ok=True)
-    outcome = _Run(inner, view, stops, lock_fds, server).run()
+    outcome = _Run(inner, view, stops, lock_fds, server, others).run()
     return None if outcome.complete else outcome
 
 
@@ -151,7 +167,7 @@ def fixed_bytes(job: Job) -> int:
     return size
 
 
-class _Stops:
+class Stops:
     """Counts requests to stop; readable wakes the event loop."""
 
     def __init__(self) -> None:
@@ -165,10 +181,10 @@ class _Stops:
 
 
 @contextmanager
-def _signals() -> Iterator[_Stops]:
+def stop_signals() -> Iterator[Stops]:
     """SIGINT, SIGTERM and SIGHUP only count; the event loop acts. One that whoever started us
     has switched off (nohup, a shell's background job) stays off."""
-    stops = _Stops()
+    stops = Stops()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stops) for number in heeded}
@@ -187,10 +203,18 @@ class _Run:
     """One run: what stays the same over its generations."""
 
     def __init__(
-        self, job: Job, view: View, stops: _Stops, lock_fds: list[int], server: Serving
+        self,
+        job: Job,
+        view: View,
+        stops: Stops,
+        lock_fds: list[int],
+        server: Serving,
+        others: Meeting,
     ) -> None:
         self.job, self.config, self.view, self.stops = job, job.config, view, stops
-        self.lock_fds, self.server = lock_fds, server
+        self.lock_fds, self.server, self.others = lock_fds, server, others
+        # the budget and the processors are a host's: its ranks share them
+        here = 1 if job.held_out else others.on_this_host
         self.stream = job.config.data.stream
         self.run_dir, self.cache_dir = Path(job.run_dir), Path(job.cache_dir)
         self.started = time.monotonic()
@@ -199,7 +223,8 @@ class _Run:
         self.fixed_bytes = fixed_bytes(job)
         # 0: no shard comes onto the disk; logs and checkpoints have limits of their own
         self.zero_disk = self.stream.max_disk_gb == 0
-        self.budget_bytes = _NO_LIMIT if self.zero_disk else int(self.stream.max_disk_gb * 1e9)
+        own_bytes = int(self.stream.max_disk_gb * 1e9) // here
+        self.budget_bytes = _NO_LIMIT if self.zero_disk else own_bytes
         self.source_options = self.stream.source_options()
         tokenizer = self.config.data.tokenizer
         vocabulary = encoding.vocabulary(tokenizer.name, tokenizer.vocab_size)  # its errors first
@@ -211,7 +236,8 @@ class _Run:
             )
         self.shards, self.set_sizes, listed = self._catalog(self.source_options)
         self.groups = mixture.groups(self.config, self.set_sizes)
-        self.lanes = sum(group.lanes for group in self.groups)
+        self.lanes = sum(group.lanes for group in self.groups)  # of all ranks
+        self.share = Share(self.lanes, job.rank)
         if not job.held_out:
             names = [shard.name for shard in self.shards]
             held_out.check_apart(self.config, names, self.source_options)
@@ -227,9 +253,11 @@ class _Run:
             lambda: encoding.load(tokenizer.name, tokenizer.vocab_size),
             f"{tokenizer.name}-{vocabulary.size}",
         )
-        self.sizes = sizes.split(sizes.usable_cpus(), job.kind, self.stream, cost)
-        self.reporter = Reporter(job, view, self.log, self.lanes, self.started)
+        cpus = max(1, sizes.usable_cpus() // here)
+        self.sizes = sizes.split(cpus, job.kind, self.stream, cost)
+        self.reporter = Reporter(job, view, self.log, len(self.share.lanes), self.started)
         self.reporter.other_bytes = listed["kept_bytes"]
+        self.reporter.budget_bytes = own_bytes
         self.reporter.event("info", "shards_listed", **listed)
         if self.zero_disk and self.stream.manifest is not None:
             why = "with --max-disk 0 a shard is used before all of it is there"
@@ -272,7 +300,7 @@ class _Run:
             fixed_bytes=self.fixed_bytes,
             checkpoint_bytes=0,
             floor=max((shard.size_bytes or 0 for shard in to_fetch), default=0),
-            lanes=min(self.stream.lanes, len(shards)),
+            lanes=-(-min(self.stream.lanes, len(shards)) // self.job.rank.size),
         )
         catalog.keep(folder, shards)
         return (
@@ -299,6 +327,9 @@ class _Run:
             self.reporter.ended(ExitCode(outcome.exit_code))
             return outcome
         except FinewebError as error:
+            here = self.others.on_this_host
+            if isinstance(error, BudgetError) and here > 1 and not self.job.held_out:
+                error.remedy += f"; {here} times that, since the ranks of a host share it"
             self.reporter.ended(error.exit_code, error.what, error.remedy)
             raise
         finally:
@@ -317,6 +348,14 @@ class _Run:
             except ConsumerDiedError as death:
                 deaths += 1
                 role = "trainer" if self.job.kind == "train" else "writer"
+                if self.job.rank.size > 1 and not self.job.held_out:
+                    # those of the other ranks cannot go on without it: all start again
+                    raise self.others.explained(
+                        PeerLostError(
+                            f"the {role} of rank {self.job.rank.number} died by {death.how}",
+                            "the same command resumes all ranks from the last checkpoint",
+                        )
+                    ) from None
                 if deaths > _MAX_CONSUMER_DEATHS:
                     raise WorkerCrashError(
                         f"the {role} died {deaths} times without a new checkpoint, the last "
@@ -335,6 +374,8 @@ class _Run:
                 cursor = state.cursor
         elif latest := checkpoints.latest(self.run_dir):
             cursor, path, size = latest.cursor, str(latest.path), latest.size_bytes
+        if self.job.kind == "train":
+            cursor = self._agreed(cursor)
         if cursor is None:
             start = (LaneCursor(0, 0, 0, 0),) * self.lanes
             return Cursor(identity.fingerprint(self.identity), self.identity, start), None, 0
@@ -342,22 +383,43 @@ class _Run:
         self.reporter.event("info", "resuming", tokens=sum(lane.position for lane in cursor.lanes))
         return cursor, path, size
 
+    def _agreed(self, cursor: Cursor | None) -> Cursor | None:
+        """Rank 0's cursor, once all ranks are ready to begin.
+
+        Raises:
+            ConfigError: a rank would train something else.
+        """
+        settings = meeting.config_digest(self.config) | {"stream": self.identity}
+        mine = msgspec.json.encode((settings, cursor))
+        first, *_ = self.others.gather(mine)
+        theirs, found = msgspec.json.decode(first, type=tuple[dict[str, Any], Cursor | None])
+        differing = [key for key, value in msgspec.to_builtins(settings).items()
+                     if theirs.get(key) != value]  # fmt: skip
+        if msgspec.json.encode(theirs) != msgspec.json.encode(settings) and differing:
+            raise ConfigError(
+                f"rank {self.job.rank.number} has another configuration than rank 0: "
+                f"{', '.join(differing)}",
+                "start all ranks with the same options, files and shards",
+            )
+        return found
+
     # ── one generation ──────────────────────────────────────────────────────────────────────
 
-    def _generation(self, cursor: Cursor, checkpoint: str | None, size: int) -> ConsumerDone:
+    def _generation(self, whole: Cursor, checkpoint: str | None, size: int) -> ConsumerDone:
+        cursor, lanes = self.share.cursor(whole), len(self.share.lanes)
         stream, seq_len = self.stream, self.config.data.preprocessing.max_context_size
         ring_layout = RingLayout(
-            lanes=self.lanes,
+            lanes=lanes,
             slots=stream.ring_slots,
             slot_tokens=stream.slot_windows * seq_len,
             token_bytes=self.token_bytes,
         )
         text_layout = TextLayout(
-            slots=self.lanes + _BLOCKS_PER_TOKENIZER * self.sizes.tokenizers,
+            slots=lanes + _BLOCKS_PER_TOKENIZER * self.sizes.tokenizers,
             text_bytes=stream.block_bytes,
             documents=blocks.most_documents(stream.block_bytes),
         )
-        positions = tuple(lane.position for lane in cursor.lanes)
+        positions = tuple(lane.position for lane in whole.lanes)
         kept = checkpoints.most(self.config)
         self.reporter.checkpoints(self.run_dir)
         text_fd = segment.create(text.size_bytes(text_layout))
@@ -376,7 +438,15 @@ class _Run:
             )
             shared_bytes = text.size_bytes(text_layout) + ring.size_bytes(ring_layout)
             self.reporter.begin(generation, shared_bytes)
-            return generation.run(*self._cached(), self.stops.readable.fileno())
+            try:
+                return generation.run(*self._cached(), self.stops.readable.fileno())
+            except PeerLostError:
+                raise
+            except StoppedError as error:  # perhaps the trainer has seen first that one is lost
+                raise self.others.explained(error) from None
+            finally:
+                if generation.consuming.done is not None and not self.job.held_out:
+                    self.others.leave(settled=True)
         finally:
             os.close(text_fd)
             os.close(ring_fd)
@@ -404,8 +474,11 @@ class _Run:
                 for shard in self.shards
                 for streamed in [self.zero_disk and catalog.local_path(shard.url) is None]
             ),
-            lanes=mixture.plan(self.config, self.shards, self.set_sizes, self.groups),
+            lanes=self.share.plan(
+                mixture.plan(self.config, self.shards, self.set_sizes, self.groups)
+            ),
             groups=self.groups,
+            owned=tuple(self.share.lanes),
             ring=ring_layout,
             seq_len=self.config.data.preprocessing.max_context_size,
             text_slots=text_slots,
@@ -443,6 +516,8 @@ class _Run:
                 checkpoint,
                 self._validation_file(),
                 self.groups,
+                self.job.rank.number,
+                self.job.rank.size,
             )
         else:
             consumer = WriterSetup(
@@ -478,7 +553,7 @@ class _Run:
         )
 
     def _validation_file(self) -> str | None:
-        if not held_out.wanted(self.config):
+        if not held_out.wanted(self.config) or self.job.rank.number:
             return None
         return str(held_out.tokens_file(held_out.job_for(self.job)))
 
@@ -488,7 +563,7 @@ class _Run:
             event=self.reporter.event,
             step=self.reporter.step,
             tick=self._tick,
-            stop_requested=lambda: self.stops.count,
+            stop_requested=lambda: max(self.stops.count, int(self.others.stopping)),
             checkpoint=self._checkpoint_written,
             evict=lambda shard: evict_files(self.cache_dir, keys[shard]),
             heard=self.reporter.heard,
@@ -501,6 +576,10 @@ class _Run:
                 pass
         except BlockingIOError:
             pass
+        self.others.check()
+        generation = self.reporter.generation
+        if generation is not None and generation.consuming.stopping_since is not None:
+            self.others.stop_all()
         self.server.check(self.reporter.event)
         self.reporter.url = self.server.url
         self.reporter.tick()

@@ -21,8 +21,11 @@ comes is the end of the stream: to go on without it would be another mixture tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Group(NamedTuple):
@@ -121,6 +124,17 @@ class Turns:
         counts = {group.name: self.windows(group, positions) for group in self.groups}
         total = sum(counts.values())
         return {name: count / total for name, count in counts.items()} if total else {}
+
+
+def row_digest(window: np.ndarray) -> bytes:
+    """SHA-256 of one row's tokens, as they stand in the ring."""
+    return hashlib.sha256(memoryview(window).cast("B")).digest()
+
+
+def batch_hash(digests: Iterable[bytes]) -> str:
+    """SHA-256 of an update's rows' digests in the order of the turns: whoever holds the rows, 32
+    bytes of each are enough to say what the whole was."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _least(count: int, most: int | None) -> int:

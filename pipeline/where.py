@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import xxhash
 import yaml
 
 from pipeline import (
@@ -47,7 +46,7 @@ from pipeline.listing import QUIET, Watch
 from pipeline.messages import Cursor, LaneCursor, Skip
 from pipeline.provenance import Part, Reading, Wanted
 from pipeline.shard_files import ShardFiles
-from pipeline.turns import Group, Turns
+from pipeline.turns import Group, Turns, batch_hash, row_digest
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -397,10 +396,7 @@ def _answer(
     request: Request, past: _Past, rows: list[Row], tokens: list[np.ndarray], fetched: int
 ) -> Answer:
     """Check what was found against what the run has logged. Raises: ShardError, ConfigError."""
-    digest = xxhash.xxh3_64()
-    for window in tokens:
-        digest.update(memoryview(window).cast("B"))
-    found = digest.hexdigest()
+    found = batch_hash(map(row_digest, tokens))
     if past.batch_hash not in (None, found):
         raise ShardError(
             f"the batch of update {request.step} has the hash {found} here, and the run has "

@@ -22,6 +22,7 @@ from trainer import model as llama
 from trainer.errors import BadUpdatesError
 from trainer.model import Llama
 from trainer.optim import Arrays, State
+from trainer.team import Team
 
 
 class Report(NamedTuple):
@@ -41,11 +42,18 @@ class Loop:
         vocab_size: Of the tokenizer.
         dtype: To compute in.
         eot: The token that every document begins with; needed where documents are masked.
+        team: The ranks that train together; None: there is one.
     """
 
     def __init__(
-        self, config: Config, vocab_size: int, dtype: mx.Dtype, eot: int | None = None
+        self,
+        config: Config,
+        vocab_size: int,
+        dtype: mx.Dtype,
+        eot: int | None = None,
+        team: Team | None = None,
     ) -> None:
+        self.team = team or Team()
         self.config, self.dtype = config, dtype
         self.hyper = config.training.hyperparameters
         assert self.hyper.batch_size != "auto", "trainer/sizing.py settles it"
@@ -67,6 +75,8 @@ class Loop:
         T = config.data.preprocessing.max_context_size
         self.batch_tokens = self.batch_windows * T
         self.update_tokens = self.batch_tokens * self.hyper.gradient_accumulation_steps
+        # gradients and losses are averaged over the ranks
+        self._share_tokens = self.update_tokens / self.team.size
         # On the CPU nothing is gained by running ahead, and what runs ahead holds memory.
         self._launch = mx.async_eval if mx.default_device() == mx.gpu else mx.eval
         self._first = mx.compile(self._gradients)
@@ -79,15 +89,15 @@ class Loop:
     # ── the two steps, pure ─────────────────────────────────────────────────────────────────
 
     def _loss(self, weights: Arrays, rows_BT1: mx.array) -> mx.array:
-        """Mean cross-entropy of the whole update's share of this batch."""
+        """This batch's part of the update's mean cross-entropy, times the number of ranks."""
         here = llama.as_dtype(weights, self.dtype)
         self.model.update(tree_unflatten(list(here.items())))
         recompute = self.config.system.activation_checkpointing
         options: dict[str, Any] = {"eot": self.eot, "recompute": recompute}
         if self._chunked:
-            return llama.loss_sum_chunked(self.model, rows_BT1, **options) / self.update_tokens
+            return llama.loss_sum_chunked(self.model, rows_BT1, **options) / self._share_tokens
         losses = llama.losses(self.model, rows_BT1, self.dtype, **options)
-        return losses.sum() / self.update_tokens
+        return losses.sum() / self._share_tokens
 
     def _gradients(self, weights: Arrays, rows: list[mx.array]) -> tuple[Arrays, mx.array]:
         """Gradient, float32, and loss of one batch, given as B windows of shape (T + 1,)."""
@@ -131,7 +141,8 @@ class Loop:
         """One update.
 
         Args:
-            next_batch: B windows, or None at the end of the stream.
+            next_batch: At most B windows; none of them where this rank has no more of this
+                update; None at the end of the stream.
             facts: Host-side metrics of the batches that were taken.
 
         Returns:
@@ -143,11 +154,16 @@ class Loop:
             rows = next_batch()
             if rows is None:
                 return False
+            if not rows:
+                break
             if gradients:
                 gradients, loss = self._micro(self.weights, gradients, loss, rows)
             else:
                 gradients, loss = self._first(self.weights, rows)
             self._launch(gradients, loss)
+        if not gradients:  # our lanes had no turn: the others' had
+            gradients = {name: mx.zeros_like(array) for name, array in self.weights.items()}
+        gradients, loss = self.team.mean(gradients, loss)
         total = self.hyper.iters
         factor = schedule.multiplier(self.config.training.scheduler, self.step, total)
         self.weights, self.state, arrays = self._apply(

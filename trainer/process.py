@@ -6,14 +6,15 @@ supervisor's to write.
 
 from __future__ import annotations
 
+import socket
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
+import msgspec
 
-from pipeline import checkpoints, encoding
+from pipeline import checkpoints, encoding, ranks
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
 from pipeline.config import Config, from_plain
@@ -26,6 +27,8 @@ from pipeline.messages import (
     CheckpointWritten,
     ConsumerDone,
     ConsumerReady,
+    Cursor,
+    Log,
     StepDone,
     TrainerSetup,
 )
@@ -34,6 +37,8 @@ from trainer import blas
 from trainer.errors import BadUpdatesError
 from trainer.feed import Feed, StopWanted
 
+_SLOW_SHARE = 0.02  # of an update: a rank that waits longer for data is named
+_SLOW_EVERY_S = 60.0
 # Dense bfloat16 FLOP/s of chips whose maker publishes them; MFU is reported for these alone.
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
@@ -66,21 +71,22 @@ class _Training:
     ) -> None:
         import mlx.core as mx  # only now: the BLAS has to be there first
 
-        from trainer import checkpoint, sizing
+        from trainer import checkpoint, sizing, team
         from trainer.loop import Loop
 
-        self.mx, self.checkpoint = mx, checkpoint
+        self.mx, self.checkpoint, self.teams = mx, checkpoint, team
         self.channel = channel
         self.config: Config = from_plain(setup.config)
         self.run_dir = Path(setup.run_dir)
         self.gpu = self._choose_device()
+        self.team = team.Team(setup.rank, setup.size, self.config.ranks.gradients)
         tokenizer = self.config.data.tokenizer
         vocabulary = encoding.vocabulary(tokenizer.name, tokenizer.vocab_size)
         wanted = self.config.system.compute_dtype
         half = wanted == "bfloat16" or (wanted == "auto" and self.gpu)
         model = vocabulary.size, mx.bfloat16 if half else mx.float32, vocabulary.eot
         self.config = sizing.settle(self.config, *model, setup.checkpoint)
-        self.loop = Loop(self.config, *model)
+        self.loop = Loop(self.config, *model, self.team)
         checkpoint.clean(self.run_dir)
         checkpoints.prune(self.run_dir, self.config.logging)
         self.writer = checkpoint.Writer(self.run_dir, self.config.logging)
@@ -89,18 +95,46 @@ class _Training:
         memory = segment.attach(descriptors.ring, ring.size_bytes(setup.ring), writable=False)
         T = self.config.data.preprocessing.max_context_size
         tokens = ring.Ring(memory, setup.ring)
-        self.feed = Feed(channel, tokens, setup.positions, T, setup.groups)
+        owned = range(setup.rank, len(setup.positions), setup.size)
+        exchange = self.team.exchange
+        self.feed = Feed(channel, tokens, setup.positions, T, setup.groups, owned, exchange)
+        self.rows: list[Any] | None = None  # of this update, not yet trained on
         self.validation = self._validation(setup, T)
         self.scored = (-1, 0.0)  # step of the newest validation, and its loss
         self.last: dict[str, Any] = {}  # metrics of the newest update
         self.begun = False  # it has had a batch
         self.committed = list(setup.positions)  # consumed by whole updates
         self.saved_step = self.loop.step if setup.checkpoint is not None else -1
+        self.hosts = self._meet()
+        self.slow_said_s = 0.0
         self.flops = self._flops_per_token(T)
         self.peak_flops = PEAK_FLOPS.get(self._device_name())
-        self.channel.send(
-            ConsumerReady(checkpoint.largest_bytes(self.loop), self._facts(library, half))
-        )
+        size = checkpoint.largest_bytes(self.loop) if self.first else 0
+        self.channel.send(ConsumerReady(size, self._facts(library, half)))
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank looks, and writes checkpoints."""
+        return self.team.number == 0
+
+    def _meet(self) -> list[str]:
+        """Begin where rank 0 begins: its weights, state and counts. Returns the hosts' names."""
+        loop = self.loop
+        key = cast(list[Any], self.mx.random.state)[0].tolist()
+        facts = (socket.gethostname(), loop.step, loop.tokens, loop.first_loss, key,
+                 self.saved_step)  # fmt: skip
+        said = [msgspec.json.decode(one) for one in self.team.exchange(msgspec.json.encode(facts))]
+        _, loop.step, loop.tokens, loop.first_loss, (high, low), self.saved_step = said[0]
+        self._take_over()
+        self.mx.random.seed((int(high) << 32) | int(low))
+        return [one[0] for one in said]
+
+    def _take_over(self) -> None:
+        """Rank 0's weights and state."""
+        if self.team.size > 1:
+            self.loop.weights = self.team.from_first(self.loop.weights)
+            state = self.loop.state
+            self.loop.state = {part: self.team.from_first(state[part]) for part in state}
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -151,18 +185,31 @@ class _Training:
             "tokens_per_update": self.loop.update_tokens,
             "batch_windows": self.loop.batch_windows,
             "first_step": self.loop.step + 1,
+            **({"ranks": self.team.size} if self.team.size > 1 else {}),
         }
         return facts if self.gpu else {**facts, "blas": library}
 
     # ── training ────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> None:
-        """All updates, then the last checkpoint and the summary."""
+        """All updates, then the last checkpoint and the summary.
+
+        Raises:
+            PeerLostError: another rank is gone.
+        """
+        try:
+            self._run()
+        except RuntimeError as error:
+            if self.team.size > 1 and self.teams.is_lost(error):
+                raise self.teams.lost(error) from error
+            raise
+
+    def _run(self) -> None:
         loop, total = self.loop, self.loop.hyper.iters
         if (limit := self.config.system.time_limit_s) is not None:
             self.feed.deadline_s = time.monotonic() + limit
         ended = False
-        while loop.step < total and not self._must_stop():
+        while loop.step < total:
             try:
                 ended = not loop.update(self._next_batch, self._batch_facts)
                 if ended:
@@ -192,17 +239,19 @@ class _Training:
         places = self.feed.provenance(*error.facts["positions"])
         return BadUpdatesError(f"{error.what}. It was trained on {'; '.join(places)}", {})
 
-    def _must_stop(self) -> bool:
-        return self.feed.stop is not None or time.monotonic() >= self.feed.deadline_s
-
     def _between_updates(self) -> None:
         """What is due after this update: validation, a checkpoint, news of the one in writing.
         The last update's come at the end."""
         step, every = self.loop.step, self.config.logging.steps
         if step < self.loop.hyper.iters:
             save = step % every.checkpoint_interval == 0 and step != self.saved_step
-            look = self.validation is not None and (
-                step % every.validation_interval == 0 or (save and self.config.logging.keep_best)
+            look = (
+                self.first
+                and self.validation is not None
+                and (
+                    step % every.validation_interval == 0
+                    or (save and self.config.logging.keep_best)
+                )
             )
             if look or save:
                 self._report(self.loop.metrics(flush=True), self._look() if look else {})
@@ -223,9 +272,12 @@ class _Training:
         return None if sample is None else str(sample)
 
     def _look(self) -> dict[str, Any]:
-        """Validation and a sample of the newest weights; it takes no time of an update's."""
+        """Validation and a sample of the newest weights; it takes no time of an update's. Rank 0
+        does so, and the others wait for it."""
         begin = time.perf_counter()
         said: dict[str, Any] = {}
+        if not self.first:
+            return said
         if self.validation is not None:
             score = self.validation.score(self.loop.model, self.loop.weights, self.loop.dtype)
             said |= score.metrics()
@@ -238,22 +290,41 @@ class _Training:
         return {**said, "look_s": seconds} if said else {}
 
     def _next_batch(self) -> list[Any] | None:
-        rows: list[Any] = []
-
-        def upload(window: np.ndarray) -> None:
-            rows.append(self.mx.array(window))  # copies: the slot may go
-
-        whole = self.feed.take(self.loop.batch_windows, upload)
-        if whole and not self.begun:
-            self.begun = True
-            self.channel.send(BatchTaken())
-        return rows if whole else None
+        """Rows of the next micro-step: the first of an update takes all of its rows."""
+        if self.rows is None:
+            windows = self.loop.batch_windows * self.loop.hyper.gradient_accumulation_steps
+            self.rows = self.feed.take(windows, self.mx.array)  # copies: the slot may go
+            if self.rows is None:
+                return None
+            if not self.begun:
+                self.begun = True
+                self.channel.send(BatchTaken())
+        B = self.loop.batch_windows
+        batch, self.rows = self.rows[:B], self.rows[B:]
+        return batch
 
     def _batch_facts(self) -> dict[str, Any]:
-        wait_s, self.feed.wait_s = self.feed.wait_s, 0.0
+        """Of the update that was just launched."""
+        self.rows = None
+        wait_s, self.feed.wait_s = max(self.feed.waits_s), 0.0
         positions = self.committed, list(self.feed.positions)
-        facts = {"batch_hash": self.feed.batch_hash(), "wait_s": wait_s, "positions": positions}
+        facts = {"batch_hash": self.feed.batch_hash, "wait_s": wait_s, "positions": positions}
+        if self.team.size > 1:
+            facts["ranks_sync_s"], self.feed.sync_s = self.feed.sync_s, 0.0
+            facts["all_reduce_s"] = self.team.all_reduce_s
+            facts["all_reduce_bytes"] = self.team.all_reduce_bytes
+            facts["slowest_rank"] = self.feed.waits_s.index(wait_s) if wait_s else None
         return facts | {f"mix_{name}": share for name, share in self.feed.mix().items()}
+
+    def _name_slow(self, metrics: dict[str, Any]) -> None:
+        """Whose data the update has waited for: the job is as slow as its slowest host."""
+        number, share = metrics.get("slowest_rank"), metrics["data_wait_share"]
+        now = time.monotonic()
+        if number is None or share < _SLOW_SHARE or now - self.slow_said_s < _SLOW_EVERY_S:
+            return
+        self.slow_said_s = now
+        who = {"rank": number, "host": self.hosts[number], "wait_share": round(share, 4)}
+        self.channel.send(Log("warning", "rank_waits_for_data", who))
 
     def _report(self, metrics: list[dict[str, Any]], look: dict[str, Any] | None = None) -> None:
         """Send metrics of finished updates; what a look says belongs to the newest."""
@@ -262,8 +333,9 @@ class _Training:
             self.last |= look or {}
         interval = self.config.logging.steps.logging_interval
         for one in metrics:
+            self._name_slow(one)
             if self.peak_flops is not None:
-                one["mfu"] = one["tokens_per_s"] * self.flops / self.peak_flops
+                one["mfu"] = one["tokens_per_s"] * self.flops / self.peak_flops / self.team.size
             shown = one["step"] % interval == 0 or one["step"] == self.loop.hyper.iters
             if shown or (look and one is self.last):
                 self.channel.send(StepDone(one))
@@ -271,15 +343,33 @@ class _Training:
     # ── checkpoints ─────────────────────────────────────────────────────────────────────────
 
     def _save(self) -> None:
-        """Begin a checkpoint of this moment; training goes on while it is written."""
+        """Begin a checkpoint of this moment; training goes on while it is written. Rank 0 writes
+        it, with the cursors of all."""
         self._settle(wait=True)
         begin = time.perf_counter()
-        cursor = self.feed.cursor(self.committed)
-        self.feed.reserve(self.checkpoint.largest_bytes(self.loop))
-        loss = self.scored[1] if self.scored[0] == self.loop.step else None
-        self.writer.begin(self.checkpoint.snapshot(self.loop, cursor, loss))
+        cursor = self._whole_cursor()
+        if self.first:
+            self.feed.reserve(self.checkpoint.largest_bytes(self.loop))
+            loss = self.scored[1] if self.scored[0] == self.loop.step else None
+            self.writer.begin(self.checkpoint.snapshot(self.loop, cursor, loss))
         self.saved_step = self.loop.step
         self.loop.pause(time.perf_counter() - begin)
+
+    def _whole_cursor(self) -> Cursor:
+        """Of all lanes. Ranks whose weights have drifted apart (other chips round otherwise) go on
+        with rank 0's."""
+        mine = self.feed.cursor(self.committed)
+        bits = self.teams.checksum([self.loop.weights, *self.loop.state.values()])
+        said = self.team.exchange(msgspec.msgpack.encode((mine, bits)))
+        parts = [msgspec.msgpack.decode(one, type=tuple[Cursor, int]) for one in said]
+        others = [number for number, (_, sum_of_bits) in enumerate(parts)
+                  if sum_of_bits != parts[0][1]]  # fmt: skip
+        if others:
+            hosts = [self.hosts[number] for number in others]
+            fields = {"step": self.loop.step, "ranks": others, "hosts": hosts}
+            self.channel.send(Log("warning", "ranks_differed", fields))
+            self._take_over()
+        return ranks.merged([cursor for cursor, _ in parts])
 
     def _settle(self, *, wait: bool) -> None:
         """Tell of a checkpoint that has been written; one that met a full disk is written again
