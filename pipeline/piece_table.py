@@ -3,7 +3,7 @@
 Runs in: tokenizers. Pure: no I/O, no clock, no process.
 
 A piece is a key of 2 or 4 words of 8 bytes, zero-filled. A key has four places, side by side;
-a new one takes an empty place, or else throws out one of the four at random. So a table never
+a new one takes an empty place, or else throws out one of the four. So a table never
 grows, and an insertion costs the same on an endless stream of new pieces; pieces that come often
 are soon back when they were thrown out.
 """
