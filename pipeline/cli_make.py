@@ -98,7 +98,9 @@ def _planned(order: Any, groups: Any, shards: Any) -> tuple[dict[str, Any], str]
 def verify(path: Path, text_field: str, processes: int | None, as_json: bool) -> None:
     """Check shards against their manifest (size, sha256, documents), and read every record.
 
-    A folder without a manifest is only read. Every problem is named with its shard and record.
+    A folder without a manifest is only read. A manifest may name shards by their addresses, as
+    `shards list --json` does: they are read where they lie. Every problem is named with its shard
+    and record.
 
     \b
     Examples:

@@ -68,7 +68,7 @@ SHOWN = {
     "worker_died", "worker_hangs", "trainer_died", "writer_died", "worker_killed", "bad_record",
     "shard_skipped", "block_skipped", "disk_full", "stopping", "stream_ended", "worker_stderr",
     "cached_shard_damaged", "fetch_tried_again", "worker_failed", "listing_shards",
-    "checkpoint_waits_for_disk", "serving_status", "status_server_ended",
+    "listing_tried_again", "checkpoint_waits_for_disk", "serving_status", "status_server_ended",
 }  # fmt: skip
 _NOTE_LENGTH = 160
 

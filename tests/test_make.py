@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import signal
@@ -20,7 +21,9 @@ from pipeline.blocks import Texts
 from pipeline.codecs import open_documents, open_records
 from pipeline.errors import BadRecordsError, ConfigError, ShardError
 from pipeline.making import make as making
+from pipeline.manifest import Entry
 from tests.harness import ROOT, english, write_shards
+from tests.servers import Behaviour, http_server
 
 DOCUMENTS = english(120, largest=9000)
 
@@ -212,3 +215,27 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path) -> None:
     (out / manifest.FILE_NAME).unlink()
     result, report = verify(out)
     assert {(one["shard"], one["record"]) for one in report["problems"]} >= {(record, "line 2")}
+
+
+def test_verify_reads_shards_that_are_elsewhere(tmp_path: Path) -> None:
+    """By the manifest that `shards list --json` prints; a byte that is another is found."""
+    paths, how = write_shards(tmp_path / "served", english(20), 2, "parquet"), Behaviour()
+    with http_server(tmp_path / "served", how) as url:
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        entries = [
+            Entry(f"{url}/{path.name}", path.stat().st_size, sha256=digest, documents=10)
+            for path, digest in zip(paths, digests, strict=True)
+        ]
+        gone = Entry(f"{url}/none.parquet")
+        manifest.write(tmp_path / "good", entries)
+        manifest.write(tmp_path / "bad", [entries[0], gone])
+        result, report = verify(tmp_path / "good")
+        assert (result.exit_code, report["documents"], report["num_problems"]) == (0, 20, 0)
+        data = bytearray(paths[0].read_bytes())
+        data[10] ^= 1
+        paths[0].write_bytes(data)
+        result, report = verify(tmp_path / "bad")
+    assert result.exit_code == 3
+    said = {one["what"].split(",")[0] for one in report["problems"]}
+    assert f"{url}/none.parquet: HTTP 404" in said
+    assert any(what.startswith("its sha256 is ") for what in said)

@@ -1,6 +1,7 @@
 """`shards verify`: a set of shards against its manifest, every record read.
 
-Runs in: the command line's own process; shards are read in processes.
+Runs in: the command line's own process; shards are read in processes. A shard that is elsewhere is
+read where it lies, once for its sha256 and once for its records: none of it comes onto the disk.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import as_completed
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
-from pipeline import manifest, pool
+from pipeline import catalog, manifest, pool
 from pipeline.blocks import Texts
 from pipeline.codecs import open_documents
-from pipeline.errors import ConfigError, ShardError
+from pipeline.config import Stream
+from pipeline.errors import ConfigError, ShardError, SourceError
 from pipeline.making.targets import FORMS
 from pipeline.manifest import Entry
-from pipeline.messages import BadRecord
+from pipeline.messages import BadRecord, Remote
+from pipeline.remote_file import open_remote
+from pipeline.sources import scheme_of
 
 _NAMED = 100  # problems that are named of one shard
 _CHUNK_BYTES = 1 << 20
@@ -111,7 +116,6 @@ def _strangers(folder: Path, known: set[str]) -> list[Problem]:
 
 def check(folder: str, entry: Entry, text_field: str) -> Checked:
     """One shard: size, sha256, number of documents, and every record. Runs in: a process."""
-    path = Path(folder) / entry.name
     problems: list[Problem] = []
     count = 0
 
@@ -121,35 +125,52 @@ def check(folder: str, entry: Entry, text_field: str) -> Checked:
         if count <= _NAMED:
             problems.append(Problem(entry.name, record, what))
 
-    documents = size = 0
-    if not path.is_file():
-        wrong(f"there is no such file in {folder}")
-    else:
-        size = path.stat().st_size
+    documents, size = 0, None
+    try:
+        size, opened = _find(folder, entry)
         if entry.size_bytes not in (None, size):
             wrong(f"it has {size} bytes, and {entry.size_bytes} in the manifest")
-        elif entry.sha256 not in (None, (found := _sha256(path))):
+        elif entry.sha256 is not None and entry.sha256 != (found := _sha256(opened)):
             wrong(f"its sha256 is {found}, and {entry.sha256} in the manifest")
-        try:
-            for item in open_documents(str(path), entry.name, text_field):
-                match item:
-                    case BadRecord():
-                        wrong(item.reason, item.place)
-                    case bytes():
-                        documents += 1
-                    case Texts():
-                        documents += len(item.offsets) - 1
-        except ShardError as error:
-            wrong(error.what)
-        else:
-            if entry.documents not in (None, documents):
-                wrong(f"it has {documents} documents, and {entry.documents} in the manifest")
-    return Checked(entry.name, documents, size, count, tuple(problems))
+        for item in open_documents(opened(), entry.name, text_field):
+            match item:
+                case BadRecord():
+                    wrong(item.reason, item.place)
+                case bytes():
+                    documents += 1
+                case Texts():
+                    documents += len(item.offsets) - 1
+        if entry.documents not in (None, documents):
+            wrong(f"it has {documents} documents, and {entry.documents} in the manifest")
+    except FileNotFoundError:
+        wrong(f"there is no such file in {folder}")
+    except (ShardError, SourceError) as error:
+        wrong(error.what)
+    return Checked(entry.name, documents, size or 0, count, tuple(problems))
 
 
-def _sha256(path: Path) -> str:
+def _find(folder: str, entry: Entry) -> tuple[int | None, Callable[[], BinaryIO]]:
+    """A shard's size, and what opens it; one that is elsewhere is read where it lies.
+
+    Raises:
+        FileNotFoundError, SourceError: it is not there.
+    """
+    address = entry.url or entry.name
+    if not scheme_of(address):
+        path = Path(folder) / entry.name
+        return path.stat().st_size, lambda: path.open("rb")
+    options = Stream().source_options()
+    (shard,) = catalog.build([address], options)
+    local = catalog.local_path(shard.url)
+    if local is not None:
+        return shard.size_bytes, lambda: Path(local).open("rb")
+    remote = Remote(shard.url, shard.size_bytes, shard.version)
+    return shard.size_bytes, lambda: open_remote(remote, shard.name, options, lambda: None)
+
+
+def _sha256(opened: Callable[[], BinaryIO]) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened() as file:
         while data := file.read(_CHUNK_BYTES):
             digest.update(data)
     return digest.hexdigest()

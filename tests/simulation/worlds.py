@@ -150,6 +150,11 @@ _THEMES: dict[str, tuple[str, ...]] = {
 
 def draw(seed: int) -> World:
     """The world of a seed: small, so that many can be run; odd, so that much can go wrong."""
+    return _special(draw_plain(seed), Random(f"special {seed}"))
+
+
+def draw_plain(seed: int) -> World:
+    """The same of one data set, with shards in the cache: nothing else in it depends on that."""
     rng = Random(seed)
     r = rng.random
 
@@ -163,7 +168,7 @@ def draw(seed: int) -> World:
     endless = r() < 0.1 and any(block.tokens for shard in shards for block in shard.blocks)
     some_epochs = 2 + upto(2) if few or r() < 0.3 else 1
     num_faults = 0 if r() < 0.15 else upto(9)
-    world = World(
+    return World(
         seed=seed,
         shards=shards,
         lanes=lanes,
@@ -192,12 +197,10 @@ def draw(seed: int) -> World:
         slow=tuple(1 if r() < 0.6 else 2 + upto(8) for _ in range(5)),
         faults=tuple(sorted(_fault(rng, _THEMES[theme]) for _ in range(num_faults))),
     )
-    return _special(world, Random(f"special {seed}"))
 
 
 def _special(world: World, rng: Random) -> World:
-    """Some worlds mix data sets, and some have no shard on the disk. What else a seed draws does
-    not depend on it."""
+    """Some worlds mix data sets, and some have no shard on the disk."""
     if rng.random() < 0.08:
         shards = (
             one._replace(local=True, streamed=not one.local, listed=one.size)
