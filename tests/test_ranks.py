@@ -215,7 +215,7 @@ def test_one_rank_that_stops_stops_all_before_anything_is_taken() -> None:
 
 
 def test_ranks_meet_a_stranger_is_not_let_in_and_a_loss_is_named() -> None:
-    (port,) = launch._free_ports(1)
+    (port,) = launch.free_ports(1)
     waits = config.Ranks(start_s=20, timeout_s=5)
     said: list[Any] = [None] * 3
 
@@ -255,7 +255,7 @@ def test_ranks_meet_a_stranger_is_not_let_in_and_a_loss_is_named() -> None:
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    (port,) = launch._free_ports(1)
+    (port,) = launch.free_ports(1)
     one = meeting.Meeting(Rank(0, 3, f"127.0.0.1:{port}"), config.Ranks(start_s=0.3), lambda: 0)
     with pytest.raises(PeerLostError, match="these are missing: 1, 2"):
         one.open()
@@ -419,7 +419,7 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path, shards: list[Path]) -> No
     hosts.write_text('[{"ssh": "localhost", "ips": ["127.0.0.1"]}, '
                      '{"ssh": "other-host", "ips": ["127.0.0.1"]}]')  # fmt: skip
     job = Job(tmp_path, shards, checkpoint_interval=1000)
-    first_port = str(launch._free_ports(1)[0] // 2 + 16000)
+    first_port = str(launch.free_ports(1)[0] // 2 + 16000)
     process = job.start(100_000, "--hostfile", str(hosts), "--port", first_port,
                         PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")  # fmt: skip
     until(events(process), "step_done")
