@@ -118,7 +118,8 @@ def measure(size_bytes: int, ranks: int = 2) -> float:
             )
             for rank in range(ranks)
         ]
-        return float([child.communicate(timeout=120) for child in children][0][0])
+        outputs = [child.communicate(timeout=120)[0] for child in children]
+        return float(outputs[0])
 
 
 def main() -> None:
