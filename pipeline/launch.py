@@ -268,7 +268,7 @@ class _Attempt:
         places = self._wanted.places
         size = len(places)
         if all(place.local for place in places):
-            meeting, *ports = _free_ports(1 + size)
+            meeting, *ports = free_ports(1 + size)
         else:
             meeting, *ports = range(self._wanted.port, self._wanted.port + 1 + size)
         ring = [[f"{place.ip}:{port}"] for place, port in zip(places, ports, strict=True)]
@@ -384,7 +384,7 @@ class _Attempt:
         self._selector.close()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports of the loopback address that nobody has now."""
     with ExitStack() as stack:
         found = [stack.enter_context(socket.socket()) for _ in range(count)]

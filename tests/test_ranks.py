@@ -215,7 +215,7 @@ def test_one_rank_that_stops_stops_all_before_anything_is_taken() -> None:
 
 
 def test_ranks_meet_a_stranger_is_not_let_in_and_a_loss_is_named() -> None:
-    (port,) = launch._free_ports(1)
+    (port,) = launch.free_ports(1)
     waits = config.Ranks(start_s=20, timeout_s=5)
     said: list[Any] = [None] * 3
 
@@ -255,7 +255,7 @@ def test_ranks_meet_a_stranger_is_not_let_in_and_a_loss_is_named() -> None:
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    (port,) = launch._free_ports(1)
+    (port,) = launch.free_ports(1)
     one = meeting.Meeting(Rank(0, 3, f"127.0.0.1:{port}"), config.Ranks(start_s=0.3), lambda: 0)
     with pytest.raises(PeerLostError, match="these are missing: 1, 2"):
         one.open()
@@ -283,14 +283,13 @@ class Job:
         self.folder, self.run_dir, self.path = folder, folder / "run", folder / "config.yaml"
         self.path.write_text(yaml.safe_dump(plain))
 
-    def start(self, steps: int, *options: str, before: tuple[str, ...] = (),
-              **environment: str) -> subprocess.Popen[str]:  # fmt: skip
+    def start(self, steps: int, *options: str, **environment: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", "from pipeline.cli import main; main()", "start",
                    "--config", str(self.path), "--steps", str(steps), "--json",
                    "--progress", "json", *options]  # fmt: skip
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         return subprocess.Popen(
-            [*before, *command], cwd=ROOT, env=os.environ | threads | environment, text=True,
+            command, cwd=ROOT, env=os.environ | threads | environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -319,13 +318,16 @@ def events(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
     """Events as they come; the test's limit bounds the wait."""
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith('{"event"'):
+        if line.startswith("{"):
             yield json.loads(line)
 
 
 def until(told: Iterator[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The first event of a name; of step_done, what the status shows of it."""
     for event in told:
-        if event["event"] == name:
+        if event.get("event") == name:
+            return event
+        if name == "step_done" and event.get("status", {}).get("step"):
             return event
     raise AssertionError(f"the run ended without {name}")
 
@@ -364,7 +366,8 @@ def test_one_two_and_four_ranks_are_one_run(tmp_path: Path, shards: list[Path]) 
     records = [json.loads(line) for line in
                (elastic.run_dir / "metrics.jsonl").read_text().splitlines()]  # fmt: skip
     assert all(record["all_reduce_bytes"] > 100_000 for record in records[:-4])
-    assert (elastic.run_dir / "ranks" / "3" / "log.txt").exists()
+    for log in (elastic.run_dir / "log.txt", elastic.run_dir / "ranks" / "3" / "log.txt"):
+        assert "ranks_differed" not in log.read_text()
 
 
 @pytest.mark.timeout(240)
@@ -416,7 +419,7 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path, shards: list[Path]) -> No
     hosts.write_text('[{"ssh": "localhost", "ips": ["127.0.0.1"]}, '
                      '{"ssh": "other-host", "ips": ["127.0.0.1"]}]')  # fmt: skip
     job = Job(tmp_path, shards, checkpoint_interval=1000)
-    first_port = str(launch._free_ports(1)[0] // 2 + 16000)
+    first_port = str(launch.free_ports(1)[0] // 2 + 16000)
     process = job.start(100_000, "--hostfile", str(hosts), "--port", first_port,
                         PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")  # fmt: skip
     until(events(process), "step_done")

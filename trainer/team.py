@@ -86,7 +86,8 @@ class Team:
         gained by not waiting) it is waited for and timed."""
         if self.size == 1:
             return gradients, loss  # as nn.average_gradients does, and as free
-        cast = {name: g.astype(self._dtype) for name, g in gradients.items()}
+        # in the same order on all ranks, whatever made the dictionary
+        cast = {name: gradients[name].astype(self._dtype) for name in sorted(gradients)}
         cast["loss"] = loss.astype(self._dtype)
         self.all_reduce_bytes = sum(array.nbytes for array in cast.values())
         measured = mx.default_device() == mx.cpu or self._reductions % _MEASURE_EVERY == 0
@@ -109,7 +110,8 @@ class Team:
     def from_first(self, arrays: Arrays) -> Arrays:
         """Rank 0's arrays on all ranks, bit for bit (a sum of their bits and of zeros)."""
         found: Arrays = {}
-        for name, array in arrays.items():
+        for name in sorted(arrays):  # the same order on all ranks
+            array = arrays[name]
             bits = mx.view(array.reshape(-1), mx.uint32)
             mine = bits if self.number == 0 else mx.zeros_like(bits)
             whole = mx.distributed.all_sum(mine, group=self._group)
