@@ -288,12 +288,20 @@ def _comments() -> dict[tuple[str, str], str]:
     return notes
 
 
+def list_of_pages() -> str:
+    """The guides by their titles."""
+    found = [path for path in pages() if path.parent == ROOT / "docs" and path.stem != "README"]
+    titles = {path.name: path.read_text(encoding="utf-8").splitlines()[0] for path in found}
+    return " · ".join(f"[{title.lstrip('# ')}]({name})" for name, title in titles.items())
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "messages": diagram_of_messages,
     "states": diagram_of_states,
     "imports": diagram_of_imports,
     "contracts": contracts,
     "errors": table_of_errors,
+    "pages": list_of_pages,
     "exit-codes": table_of_codes,
     "options": table_of_options,
     "keys": table_of_keys,

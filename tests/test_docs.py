@@ -211,12 +211,6 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", one).strip().lower().replace(" ", "-") for one in headings}
 
 
-def test_every_page_stands_in_the_index() -> None:
-    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "README.md" or f"]({page.name})" in index, page.name
-
-
 @pytest.mark.parametrize(("name", "command"), list(pages.commands()))
 def test_every_command_teaches(name: str, command: click.Command) -> None:
     """An example of itself, a help text for every option, and lines that fit 80 columns."""
