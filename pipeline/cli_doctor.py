@@ -36,15 +36,16 @@ _SIGNS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all findings as one JSON line.")
 def doctor(patterns: tuple[str, ...], max_disk: float, runs_dir: Path, as_json: bool) -> None:
-    """Look at Python, MLX, processors, memory, disk and limits, and say what to do about each.
+    """Say what this machine lacks, and what to do about it.
 
-    With PATTERNs as for --shards it also looks whether the shards can be listed and read, with
-    which credentials, and how soon the first byte comes. It writes nothing.
+    It looks at Python, MLX, processors, memory, disk and limits. With PATTERNs as for --shards
+    it also looks whether the shards can be listed and read, with which credentials, and how
+    soon the first byte comes. It writes nothing.
 
     \b
     Examples:
       fineweb-pipeline doctor
-      fineweb-pipeline doctor 's3://my-bucket/fineweb/shard-{00000..00009}.tar.bz2' --max-disk 20
+      fineweb-pipeline doctor 's3://bucket/shard-{000..009}.tar.bz2' --max-disk 20
     """
     from pipeline import doctor as examination
 

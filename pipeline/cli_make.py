@@ -40,18 +40,18 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result a
 @_PROCESSES
 @_JSON
 def make(processes: int | None, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Make shards of one form and size from the documents of PATTERNs, with all their fields.
+    """Make shards of one form and size from other shards.
 
-    Inputs are of any form that a run reads, on this disk or not. The same inputs and options give
-    the same bytes, whatever --processes is. What was stopped or killed goes on with the same
-    command; a shard has its name only when it is whole. manifest.jsonl says size, sha256 and
-    documents of each.
+    All documents of PATTERNs, with all their fields. Inputs are of any form that a run reads,
+    on this disk or not. The same inputs and options give the same bytes, whatever --processes
+    is. What was stopped or killed goes on with the same command; a shard has its name only when
+    it is whole. manifest.jsonl says size, sha256 and documents of each.
 
     \b
     Examples:
       fineweb-pipeline shards make '/data/*.parquet' --out shards --format tar.bz2
-      fineweb-pipeline shards make 'https://host/part-{00..99}.jsonl.gz' --out shards \\
-          --format jsonl.zst --shard-size 250000000 --json
+      fineweb-pipeline shards make 'https://host/part-{00..99}.jsonl.gz' \\
+          --out shards --format jsonl.zst --shard-size 250000000 --json
     """
     from pipeline.making import make as making
     from pipeline.making.targets import FORMS
@@ -96,11 +96,11 @@ def _planned(order: Any, groups: Any, shards: Any) -> tuple[dict[str, Any], str]
 @_PROCESSES
 @_JSON
 def verify(path: Path, text_field: str, processes: int | None, as_json: bool) -> None:
-    """Check shards against their manifest (size, sha256, documents), and read every record.
+    """Check shards against their manifest, and read every record.
 
-    A folder without a manifest is only read. A manifest may name shards by their addresses, as
-    `shards list --json` does: they are read where they lie. Every problem is named with its shard
-    and record.
+    Size, sha256 and documents are compared. A folder without a manifest is only read. A manifest
+    may name shards by their addresses, as `shards list --json` does: they are read where they lie.
+    Every problem is named with its shard and record.
 
     \b
     Examples:

@@ -14,6 +14,7 @@ import click
 import msgspec
 
 from pipeline import checkpoints
+from pipeline.cli_shell import complete_run
 
 _MODULE = "trainer.commands"
 
@@ -23,35 +24,43 @@ _CHECKPOINT = click.option(
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=complete_run)
 @click.argument("prompt", default="")
-@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True, metavar="N")
+@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True, metavar="N",
+              help="The text ends here, or at its end-of-text token.")  # fmt: skip
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True,
-              help="0 takes the likeliest token each time.")  # fmt: skip
+              metavar="X", help="0 takes the likeliest token each time.")  # fmt: skip
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95,
-              show_default=True, help="Draw from the likeliest tokens that together have this "
-              "probability.")  # fmt: skip
+              show_default=True, metavar="P", help="Draw from the likeliest tokens that together "
+              "have this probability.")  # fmt: skip
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="The same seed, the same text."
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="The same seed, the same text.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto")
+@click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto",
+              show_default=True, help="Where it runs; auto: a GPU if MLX finds one.")  # fmt: skip
 @_CHECKPOINT
 def generate(run: str, prompt: str, step: int | None, **options: Any) -> None:
-    """Continue PROMPT with the model of RUN: a run's folder, its name, or a checkpoint's folder.
+    """Continue a text with a run's model.
 
-    The text is shown as it is made. Without PROMPT the model begins a document of its own.
+    RUN is a run's folder, its name, or a checkpoint's folder. The text is shown as it is made.
+    Without PROMPT the model begins a document of its own.
 
     \b
     Examples:
       fineweb-pipeline generate demo "This module provides"
-      fineweb-pipeline generate runs/fineweb-80m "The sun" --temperature 0 --max-tokens 50
+      fineweb-pipeline generate runs/fineweb-80m "The sun" --temperature 0
     """
     commands = importlib.import_module(_MODULE)
     commands.generate(checkpoints.find(run, step), prompt, **options)
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=complete_run)
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR",
               help="Folder to make; it must not be there yet.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
@@ -59,10 +68,11 @@ def generate(run: str, prompt: str, step: int | None, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON line.")
 @_CHECKPOINT
 def export(run: str, out: Path, step: int | None, dtype: str, as_json: bool) -> None:
-    """Write the model of RUN in Hugging Face's layout: for transformers, mlx-lm and others.
+    """Write a run's model in Hugging Face's layout.
 
-    RUN is a run's folder, its name, or a checkpoint's folder. The folder gets config.json,
-    model.safetensors and the tokenizer, also of a vocabulary that was cut.
+    transformers, mlx-lm and others read it. RUN is a run's folder, its name, or a checkpoint's
+    folder. The folder gets config.json, model.safetensors and the tokenizer, also of a
+    vocabulary that was cut.
 
     \b
     Examples:
@@ -79,14 +89,14 @@ def export(run: str, out: Path, step: int | None, dtype: str, as_json: bool) -> 
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=complete_run)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Page to write.  [default: NAME-report.html here]")  # fmt: skip
 def report(run: str, out: Path | None) -> None:
-    """Make one HTML page about RUN: a run's folder, or its name. The run may still be going on.
+    """Make one HTML page about a run.
 
-    Loss, rates, stalls by stage, disk over time, samples and configuration, in one file that
-    needs nothing else.
+    RUN is a run's folder, or its name; it may still be going on. Loss, rates, stalls by stage,
+    disk over time, samples and configuration, in one file that needs nothing else.
 
     \b
     Examples:

@@ -18,7 +18,13 @@ from pipeline.config import Stream
 
 @click.group()
 def shards() -> None:
-    """Look at shards, wherever they are; make and verify them."""
+    """Look at shards, wherever they are; make and verify them.
+
+    \b
+    Examples:
+      fineweb-pipeline shards list '/data/*.parquet'
+      fineweb-pipeline shards verify /data
+    """
 
 
 shards.add_command(cli_make.make)
@@ -32,22 +38,26 @@ shards.add_command(cli_make.verify)
 @click.option("--json", "as_json", is_flag=True,
               help="Print one JSON object a line: a manifest.")  # fmt: skip
 def list_shards(patterns: tuple[str, ...], manifest_path: str | None, as_json: bool) -> None:
-    """List the shards that PATTERNs name: name, bytes, version, and the totals.
+    """List the shards that patterns name.
+
+    Each with its name, bytes and version; in the end the totals.
 
     \b
     A PATTERN is
-      a path or URL (http, https, hf, s3, gs, az), with {000..123} or {a,b} for several
+      a path or URL (http, https, hf, s3, gs, az), with {000..123} or {a,b}
       a glob, where the store can list:    's3://bucket/fineweb/**/*.parquet'
       a folder, all that lies in it:       gs://bucket/fineweb/   /data/fineweb
-      @FILE                                a file with one pattern a line, # for comments
+      @FILE                                a file, a pattern a line; # comments
 
     Quote patterns, so that the shell leaves them alone. Credentials come from the variables that
     each store's own tools use: AWS_…, GOOGLE_…, AZURE_…, HF_TOKEN.
 
     \b
     Examples:
-      fineweb-pipeline shards list 'hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet'
-      fineweb-pipeline shards list 'https://host/shard-{000..099}.tar.bz2' --json > manifest.jsonl
+      fineweb-pipeline shards list \\
+          'hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet'
+      fineweb-pipeline shards list 'https://host/shard-{000..099}.tar.bz2' \\
+          --json > manifest.jsonl
     """
     stream = Stream()
     options = {"max_retries": stream.max_retries, "timeout_s": stream.timeout_s}

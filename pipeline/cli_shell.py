@@ -30,13 +30,15 @@ def complete_run(
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print what makes SHELL complete commands, options, runs and configurations.
+    """Print the completion script of a shell.
+
+    With it, SHELL completes commands, options, runs and configurations.
 
     \b
     Examples:
       fineweb-pipeline completion bash >> ~/.bashrc
       fineweb-pipeline completion zsh >> ~/.zshrc
-      fineweb-pipeline completion fish > ~/.config/fish/completions/fineweb-pipeline.fish
+      fineweb-pipeline completion fish | source
     """
     kind = get_completion_class(shell)
     if kind is None:

@@ -61,10 +61,11 @@ _EXIT_CODES = (
 def status(
     run: str | None, watch: bool, as_json: bool, runs_dir: Path, http: int | None, http_host: str
 ) -> None:
-    """Show what RUN is doing: a run's folder, its name, or the --out folder of tokenize.
+    """Show what a run is doing, or how it ended.
 
-    It reads what the run writes once a second, disturbs nothing, and works for a run on another
-    machine whose folder is on a shared disk. Without RUN: a line for each run there is.
+    RUN is a run's folder, its name, or the --out folder of tokenize. It reads what the run
+    writes once a second, disturbs nothing, and works for a run on another machine whose folder
+    is on a shared disk. Without RUN: a line for each run there is.
 
     \b
     Examples:

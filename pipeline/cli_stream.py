@@ -47,15 +47,16 @@ _TOKENIZE_DEFAULTS = {
 @stream_options
 @click.pass_context
 def start(ctx: click.Context, /, config_path: str | None, **options: Any) -> None:
-    """Train a model on shards; without --shards, run the demonstration.
+    """Train a model on shards, or run the demonstration.
 
-    A run that has a checkpoint resumes by itself, at the exact token, also after a crash.
+    Without --shards and --config it is the demonstration. A run that has a checkpoint resumes
+    by itself, at the exact token, also after a crash.
 
     \b
     Examples:
       fineweb-pipeline start
       fineweb-pipeline start --config model-config-80m-fineweb \\
-          --shards 's3://my-bucket/fineweb/shard-{00000..01000}.tar.bz2' --max-disk 35
+          --shards 's3://my-bucket/shard-{00000..01000}.tar.bz2' --max-disk 35
       fineweb-pipeline start --shards '/data/*.parquet' --steps 100 --workers 4
       fineweb-pipeline start -n 4 --max-restarts 3 --shards '/data/*.parquet'
       fineweb-pipeline start --hostfile macs.json --shards '/data/*.parquet'
@@ -117,7 +118,7 @@ def start(ctx: click.Context, /, config_path: str | None, **options: Any) -> Non
 @stream_options
 @click.pass_context
 def tokenize(ctx: click.Context, /, out: str, config_path: str | None, **options: Any) -> None:
-    """Tokenize shards into files of llm.c's format, in order.
+    """Tokenize shards into files that llm.c reads.
 
     Every document is preceded by the end-of-text token. Files hold a header of 256 int32 and
     then uint16 ids (uint32 where the vocabulary needs it), as llm.c and modded-nanogpt read them.
@@ -125,8 +126,8 @@ def tokenize(ctx: click.Context, /, out: str, config_path: str | None, **options
     \b
     Examples:
       fineweb-pipeline tokenize --shards '/data/*.parquet' --out tokens
-      fineweb-pipeline tokenize --shards 'https://host/shard-{000..099}.jsonl.zst' --out tokens \\
-          --max-disk 5 --json
+      fineweb-pipeline tokenize --shards 'https://host/s-{000..099}.jsonl.zst' \\
+          --out tokens --max-disk 5 --json
     """
     given = cli_options.given(ctx)
     resolved = given.resolve(config_path, {"name": Path(out).name, **_TOKENIZE_DEFAULTS})

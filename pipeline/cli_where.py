@@ -12,12 +12,14 @@ from typing import Any
 import click
 import msgspec
 
+from pipeline.cli_shell import complete_run
 from pipeline.cli_watch import watch
 from pipeline.sizes import usable_cpus
 
 
 @click.command()
-@click.option("--run", required=True, metavar="RUN", help="A run's folder, or its name.")
+@click.option("--run", required=True, metavar="RUN", shell_complete=complete_run,
+              help="A run's folder, or its name.")  # fmt: skip
 @click.option("--step", required=True, type=click.IntRange(1), metavar="S",
               help="The update, as in log.txt.")  # fmt: skip
 @click.option("--row", type=click.IntRange(0), metavar="I",
@@ -34,12 +36,13 @@ from pipeline.sizes import usable_cpus
               help="That read and encode.  [default: one a CPU]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as one JSON line.")
 def where(run: str, processes: int | None, as_json: bool, **options: Any) -> None:
-    """Print which documents an update of RUN was trained on: shard, record, id, and which bytes.
+    """Print which documents an update was trained on.
 
-    The lanes are read again from the nearest earlier checkpoint on, without training; shards that
-    are no longer on the disk are fetched again within the budget. The batch found must have the
-    hash that the run has logged, or this is an error. A run that is going on owns its cache: if its
-    shards are not on this disk, give --cache-dir.
+    Each with its shard, record, id, and which of its bytes. The lanes are read again from the
+    nearest earlier checkpoint on, without training; shards that are no longer on the disk are
+    fetched again within the budget. The batch found must have the hash that the run has logged,
+    or this is an error. A run that is going on owns its cache: if its shards are not on this disk,
+    give --cache-dir.
 
     \b
     Examples:
@@ -47,8 +50,9 @@ def where(run: str, processes: int | None, as_json: bool, **options: Any) -> Non
       fineweb-pipeline where --run runs/fineweb-80m --step 7313 --row 12 --json
 
     \b
-    Exit codes: 0 found · 2 no such run, step or row · 3 another batch than was logged, or a shard
-    that cannot be read · 4 disk or budget · 5 a shard that cannot be fetched
+    Exit codes: 0 found · 2 no such run, step or row · 3 another batch than was
+    logged, or a shard that cannot be read · 4 disk or budget · 5 a shard that
+    cannot be fetched
     """
     from pipeline import where as search
 

@@ -17,6 +17,8 @@ from pipeline.config import Config
 from pipeline.errors import ExitCode
 from pipeline.supervisor import Job, Outcome
 
+_COLUMNS = 79
+
 
 def run(config: Config, given: Given, *, dry: bool) -> None:
     """Make and serve the corpus, stream it, train on it, and say what happened.
@@ -103,6 +105,7 @@ def _after(outcome: Outcome, facts: dict[str, int], run_dir: Path, config: Confi
         lines.append(f"The model goes on: {summary['sample']!r}")
     if not outcome.complete:
         lines.append("It was stopped before its end; the same command goes on from here.")
+    lines = [click.wrap_text(line, _COLUMNS) for line in lines]
     lines += [
         f"Left in {run_dir}/: log.txt, metrics.jsonl, checkpoints/.",
         "",

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from pipeline import checkpoints, status_file, watch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _MEMORY_EVERY_S = 1.0
 _RATE_WINDOW_S = 5.0
+_NEWEST = 50  # updates whose pace says how long the rest will take
 _NOTES = 4  # newest events that the picture shows
 
 # The first message of each kind marks a point of the way to the first batch.
@@ -88,6 +90,7 @@ class Reporter:
         self._idle_cores: float | None = None
         self.witness = Witness(job.kind, self._cores.usable)
         self._losses = Curve()
+        self._newest_s: deque[float] = deque(maxlen=_NEWEST)
         self._first_step: int | None = None  # updates before this run's first one
         self._notes: deque[str] = deque(maxlen=_NOTES)
         self.url: str | None = None  # of the live page
@@ -151,6 +154,7 @@ class Reporter:
         self.metrics = metrics
         if self.job.kind == "train":
             self._losses.add(float(metrics["loss"]))
+            self._newest_s.append(float(metrics["step_s"]))
             if self._first_step is None:
                 self._first_step = int(metrics["step"]) - 1
             self.witness.update(float(metrics["step_s"]), float(metrics["data_wait_share"]))
@@ -263,6 +267,7 @@ class Reporter:
             losses=self._losses.points(),
             notes=tuple(self._notes),
             url=None if self._ended else self.url,
+            step_s=fmean(self._newest_s) if self._newest_s else None,
         )
 
     def _state(self) -> State | None:

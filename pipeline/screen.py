@@ -50,10 +50,9 @@ def curve(values: Sequence[float], width: int) -> str:
 
 def left_s(status: Status) -> float | None:
     """Seconds to go, if that can be told."""
-    step_s = status.metrics.get("step_s")
-    if status.total_steps is None or not step_s:
+    if status.total_steps is None or not status.step_s:
         return None
-    return max(0.0, (status.total_steps - status.step) * float(step_s))
+    return max(0.0, (status.total_steps - status.step) * status.step_s)
 
 
 def picture(status: Status, state: str = "") -> RenderableType:

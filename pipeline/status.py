@@ -60,6 +60,7 @@ class Status(msgspec.Struct, frozen=True):
     losses: tuple[float, ...] = ()  # of all updates since the start, at most Curve.POINTS means
     notes: tuple[str, ...] = ()  # the newest events that a person wants to see
     url: str | None = None  # of the live page, if there is one
+    step_s: float | None = None  # seconds an update takes: mean of the newest ones
 
 
 # Events that a person wants to see; log.txt has all.

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
+from pipeline import cli_stream
 from pipeline.cli import cli
 from tests.harness import ROOT
 
@@ -45,3 +46,10 @@ def test_every_option_that_is_named_is_one() -> None:
     named = set(re.findall(r"`(--[a-z-]+)", table))
     assert len(named) > 15
     assert named <= known
+
+
+def test_it_is_short_and_its_exit_codes_are_those_of_the_program() -> None:
+    assert len(README.splitlines()) < 250
+    assert re.sub(r"\s+", " ", cli_stream.EXIT_CODES).replace(":", ",")[11:] in re.sub(
+        r"\s+", " ", README
+    )
