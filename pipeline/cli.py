@@ -128,7 +128,10 @@ def main() -> None:
     except click.ClickException as error:
         ctx = getattr(error, "ctx", None)
         command = ctx.command_path if ctx else "fineweb-pipeline"
-        _fail(error.format_message(), f"see {command} --help", ExitCode.USAGE)
+        what, remedy = error.format_message(), f"see {command} --help"
+        if "unexpected extra argument" in what:  # most often a pattern that the shell took apart
+            remedy = f"quote patterns, so that the shell leaves them alone; {remedy}"
+        _fail(what, remedy, ExitCode.USAGE)
     except Exception:  # a bug: its traceback may hold what the user's URLs do
         click.echo(scrub(traceback.format_exc()), err=True)
         click.echo("this is a bug: please report it with the traceback", err=True)

@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from pipeline.cli_watch import watch
-from pipeline.errors import ExitCode, disk_error
+from pipeline.errors import ExitCode, disk_error, exit_codes
 from pipeline.sizes import usable_cpus
 
 _SHOWN = 20  # problems, for a person
@@ -24,7 +24,9 @@ _TEXT_FIELD = click.option("--text-field", default="text", show_default=True, me
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON line.")
 
 
-@click.command()
+@click.command(epilog=exit_codes(
+    ExitCode.OK, ExitCode.USAGE, ExitCode.DATA, ExitCode.DISK, ExitCode.SOURCE, ExitCode.RESUME
+))  # fmt: skip
 @click.argument("patterns", nargs=-1, required=True, metavar="PATTERN…")
 @click.option("--out", required=True, type=click.Path(file_okay=False), metavar="DIR",
               help="Folder of the new shards.")  # fmt: skip
@@ -99,8 +101,8 @@ def verify(path: Path, text_field: str, processes: int | None, as_json: bool) ->
     """Check shards against their manifest, and read every record.
 
     Size, sha256 and documents are compared. A folder without a manifest is only read. A manifest
-    may name shards by their addresses, as `shards list --json` does: they are read where they lie.
-    Every problem is named with its shard and record.
+    may name shards by their addresses, as `shards list --json` does: they are read where they
+    lie. Every problem is named with its shard and record.
 
     \b
     Examples:

@@ -115,12 +115,15 @@ def stream_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--workers", type=_Workers(),
                      help="Tokenizer processes; auto sizes every stage from the CPUs.  "
                      "[default: auto]"),
-        click.option("--fetchers", type=click.IntRange(1), help="Fetcher processes."),
-        click.option("--decompressors", type=click.IntRange(1), help="Decompressor processes."),
+        click.option("--fetchers", type=click.IntRange(1), metavar="N",
+                     help="Fetcher processes.  [default: half the tokenizers, 8 at most]"),
+        click.option("--decompressors", type=click.IntRange(1), metavar="N",
+                     help="Decompressor processes.  [default: from what reading costs]"),
         click.option("--prefetch", type=click.IntRange(0), metavar="N",
                      help="Shards that each lane may fetch ahead.  [default: 2]"),
         click.option("--lanes", type=click.IntRange(1), metavar="N",
-                     help="Ordered token streams that are read in turns."),
+                     help="Ordered token streams that are read in turns.  "
+                     "[default: 8; tokenize: 1]"),
         click.option("--text-field", metavar="NAME",
                      help="JSON field or column that holds the text; /a/b/0 is what is nested.  "
                      "[default: text]"),
@@ -147,7 +150,8 @@ def stream_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="Shards that may be skipped before the run ends.  [default: 0]"),
         click.option("--cache-dir", type=click.Path(file_okay=False), metavar="DIR",
                      help="Where shards are kept.  [default: cache/ in the run's folder]"),
-        click.option("--seed", type=int, help="Decides the order of shards and the first weights."),
+        click.option("--seed", type=int, metavar="N",
+                     help="Decides the order of shards and the first weights."),
         click.option("--http", type=click.IntRange(0, 65535), metavar="PORT",
                      help="Serve a live page and Prometheus metrics on this port (0: a free one), "
                      "to this machine only."),

@@ -15,15 +15,17 @@ import msgspec
 
 from pipeline import checkpoints
 from pipeline.cli_shell import complete_run
+from pipeline.errors import ExitCode, exit_codes
 
 _MODULE = "trainer.commands"
+_CODES = exit_codes(ExitCode.OK, ExitCode.USAGE, ExitCode.DATA)
 
 _CHECKPOINT = click.option(
     "--step", type=click.IntRange(0), metavar="N", help="Checkpoint of this step.  [default: last]"
 )
 
 
-@click.command()
+@click.command(epilog=_CODES)
 @click.argument("run", shell_complete=complete_run)
 @click.argument("prompt", default="")
 @click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True, metavar="N",
@@ -59,7 +61,7 @@ def generate(run: str, prompt: str, step: int | None, **options: Any) -> None:
     commands.generate(checkpoints.find(run, step), prompt, **options)
 
 
-@click.command()
+@click.command(epilog=_CODES)
 @click.argument("run", shell_complete=complete_run)
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR",
               help="Folder to make; it must not be there yet.")  # fmt: skip
@@ -88,7 +90,7 @@ def export(run: str, out: Path, step: int | None, dtype: str, as_json: bool) -> 
         click.echo(f"{out}: step {result['step']}, {size:.1f} MB, weights in {dtype}")
 
 
-@click.command()
+@click.command(epilog=_CODES)
 @click.argument("run", shell_complete=complete_run)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Page to write.  [default: NAME-report.html here]")  # fmt: skip

@@ -14,6 +14,7 @@ from pipeline import catalog, cli_make, manifest
 from pipeline.catalog import Shard
 from pipeline.cli_watch import watch
 from pipeline.config import Stream
+from pipeline.errors import ExitCode, exit_codes
 
 
 @click.group()
@@ -31,7 +32,9 @@ shards.add_command(cli_make.make)
 shards.add_command(cli_make.verify)
 
 
-@shards.command(name="list")
+@shards.command(
+    name="list", epilog=exit_codes(ExitCode.OK, ExitCode.USAGE, ExitCode.DISK, ExitCode.SOURCE)
+)
 @click.argument("patterns", nargs=-1, metavar="PATTERN...")
 @click.option("--manifest", "manifest_path", type=click.Path(dir_okay=False), metavar="FILE",
               help="Compare with this manifest; without PATTERN, list its shards.")  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ExitCode, exit_codes
 
 _PROGRAM = "fineweb-pipeline"
 _VARIABLE = "_FINEWEB_PIPELINE_COMPLETE"  # as click derives it from the program's name
@@ -26,7 +26,7 @@ def complete_run(
     return [*items, CompletionItem(incomplete, type="dir")]
 
 
-@click.command()
+@click.command(epilog=exit_codes(ExitCode.OK, ExitCode.USAGE))
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:

@@ -15,14 +15,14 @@ import msgspec
 
 from pipeline import checkpoints, cli_options, cli_ranks
 from pipeline.cli_options import Given, config_option, stream_options
-from pipeline.errors import MEANINGS, ConfigError
+from pipeline.errors import ConfigError, exit_codes
 from pipeline.view import make_view
 
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.supervisor import Job, Outcome
 
-EXIT_CODES = "Exit codes: " + " · ".join(f"{int(code)} {said}" for code, said in MEANINGS.items())
+EXIT_CODES = exit_codes()
 _TOKENIZE_DEFAULTS = {
     "data.stream.lanes": 1,
     "data.stream.shuffle": False,

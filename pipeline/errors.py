@@ -42,6 +42,12 @@ MEANINGS = {
 }
 
 
+def exit_codes(*codes: ExitCode) -> str:
+    """The last lines of a command's --help. Without codes: all there are."""
+    said = (f"{int(code)} {MEANINGS[code]}" for code in codes or MEANINGS)
+    return "Exit codes: " + " · ".join(said)
+
+
 class FinewebError(Exception):
     """Base of all errors that are not bugs.
 

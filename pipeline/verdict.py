@@ -41,8 +41,10 @@ def verdict(seen: Evidence) -> str:
         wait = seen.wait_share
         if wait is None:
             return "waiting for the first update"
-        if wait < _NO_WAIT or worst is None:
+        if wait < _NO_WAIT:
             return f"trainer-bound: data waits {100 * wait:.1f} %"
+        if worst is None:  # the waits are of updates that lie further back than what was seen
+            return f"trainer-bound now; before, the trainer waited {100 * wait:.1f} %"
         return f"{_said(worst, wait, seen)}; the trainer waits {100 * wait:.1f} %"
     if worst is None or seen.limiting.get(CONSUMER, 0.0) > sum(stages.values()):
         return "writer-bound: the disk that is written to limits"

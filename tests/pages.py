@@ -20,16 +20,22 @@ from unittest import mock
 import click
 import msgspec
 
-from pipeline import cli_options, errors, messages, settings
+from pipeline import cli_options, messages, settings
 from pipeline.cli import cli
 from pipeline.config import Config
-from pipeline.errors import ExitCode, FinewebError
 from pipeline.state import File, FileState
+from tests.page_errors import (
+    CODE,
+    ROOT,
+    cell,
+    modules,
+    table_of_codes,
+    table_of_errors,
+    table_of_rules,
+)  # fmt: skip
 from tests.simulation.simulation import Simulation
 from tests.simulation.worlds import draw
 
-ROOT = Path(__file__).parent.parent
-CODE = ("pipeline", "shm", "trainer")
 _PART = re.compile(r"(<!-- made: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _WORLDS = 150  # simulated runs that the states' diagram is watched in
 
@@ -120,11 +126,6 @@ def contracts() -> str:
     return "\n".join(f"* {parser[name]['name']}" for name in names)
 
 
-def modules() -> list[Path]:
-    """Every module of the program."""
-    return sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py"))
-
-
 def _imported(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -141,78 +142,6 @@ def _package(name: str) -> str | None:
     if len(parts) > 1 and (ROOT / parts[0] / parts[1]).is_dir():
         return ".".join(parts[:2])
     return parts[0]
-
-
-# ── errors ──────────────────────────────────────────────────────────────────────────────────
-
-
-def kinds_of_errors() -> dict[str, type[FinewebError]]:
-    """Every class in pipeline/errors.py by its name."""
-    found = vars(errors).values()
-    return {k.__name__: k for k in found if isinstance(k, type) and issubclass(k, FinewebError)}
-
-
-@functools.cache
-def said() -> set[tuple[str, str, str]]:
-    """What the code can say: (class, what, remedy), with … for what is known only then."""
-    kinds = kinds_of_errors()
-    found = set()
-    for path in modules():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        named = _constants(tree)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
-                what, *rest = (_template(one, named) for one in node.args)
-                # without words of its own it only passes another's on
-                if node.func.id in kinds and re.search(r"\w{3}", what):
-                    found.add((node.func.id, what, rest[0] if rest else ""))
-    return found
-
-
-def _constants(tree: ast.Module) -> dict[str, ast.expr]:
-    pairs = [(n.targets[0], n.value) for n in tree.body if isinstance(n, ast.Assign)]
-    return {target.id: value for target, value in pairs if isinstance(target, ast.Name)}
-
-
-def _template(node: ast.expr, named: dict[str, ast.expr]) -> str:
-    """An expression as a text, with … for what is not written there."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        joined = "".join(_template(part, named) for part in node.values)
-        return re.sub(r"…(?:…| )*…", "…", joined)
-    if isinstance(node, ast.Name) and node.id in named:
-        return _template(named[node.id], {})
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _template(node.left, named) + _template(node.right, named)
-    return "…"
-
-
-def table_of_errors() -> str:
-    """Every error by the exit code it ends the command with."""
-    kinds = kinds_of_errors()
-    lines: list[str] = []
-    for code in ExitCode:
-        rows = sorted(
-            (what, remedy) for kind, what, remedy in said() if kinds[kind].exit_code is code
-        )
-        if rows:
-            lines += [f"\n### Exit code {int(code)}: {errors.MEANINGS[code]}\n"]
-            lines += ["| it says | and what to do |", "|---|---|"]
-            lines += [f"| {_cell(what)} | {_cell(remedy)} |" for what, remedy in rows]
-    return "\n".join([*lines, ""])
-
-
-def table_of_codes() -> str:
-    """The exit codes."""
-    rows = [f"| {int(code)} | {meaning} |" for code, meaning in errors.MEANINGS.items()]
-    return "\n".join(["| exit code | meaning |", "|---|---|", *rows])
-
-
-def _cell(text: str) -> str:
-    for sign in "|<>*_":
-        text = text.replace(sign, "\\" + sign)
-    return text.replace("\n", " ")
 
 
 # ── options and keys ────────────────────────────────────────────────────────────────────────
@@ -242,7 +171,7 @@ def table_of_options() -> str:
                 key = cli_options.KEYS.get(option.name or "", "") if streams else ""
                 code = f"`{key}`" if key else ""
                 flags = record[0].replace("|", "\\|")
-                lines.append(f"| `{flags}` | {_cell(record[1])} | {code} |")
+                lines.append(f"| `{flags}` | {cell(record[1])} | {code} |")
     return "\n".join([*lines, ""])
 
 
@@ -257,7 +186,7 @@ def table_of_keys() -> str:
             default = f"`{_plain(field.default)}`"
         elif field.default_factory is not msgspec.NODEFAULT:
             default = f"`{_plain(field.default_factory())}`"
-        lines.append(f"| `{key}` | {default} | {_cell(notes.get((section.__name__, name), ''))} |")
+        lines.append(f"| `{key}` | {default} | {cell(notes.get((section.__name__, name), ''))} |")
     return "\n".join(lines)
 
 
@@ -302,6 +231,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "contracts": contracts,
     "errors": table_of_errors,
     "pages": list_of_pages,
+    "rules": table_of_rules,
     "exit-codes": table_of_codes,
     "options": table_of_options,
     "keys": table_of_keys,

@@ -166,3 +166,9 @@ def test_help_teaches() -> None:
         assert done.returncode == 0
         assert "fineweb-pipeline" in done.stdout
         assert "Exit codes" in done.stdout
+
+
+def test_a_pattern_that_the_shell_took_apart_is_told_how_to_be_written() -> None:
+    done = call(PROGRAM, "tokenize", "--out", "t", "--shards", "a.tar", "b.tar")
+    assert done.returncode == 2
+    assert "quote patterns" in done.stderr

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from pipeline import screen, status_file, verdict, view
+from pipeline import live_page, screen, status_file, verdict, view
 from pipeline.cli_status import exit_code
 from pipeline.errors import ConfigError
 from pipeline.status import Curve, DiskStatus, StageStatus, Status
@@ -81,6 +82,8 @@ def a_status(scale: float = 1.0, **changes: Any) -> Status:
         ("train", None, {"consumer": 1.0}, 1.0, 0.0, "waiting for the first update"),
         ("train", 0.001, {"consumer": 0.9, "fetch": 0.1}, 1.0, 0.0,
          "trainer-bound: data waits 0.1 %"),
+        ("train", 0.198, {"consumer": 1.0}, 1.0, 0.0,
+         "trainer-bound now; before, the trainer waited 19.8 %"),
         ("train", 0.5, {"consumer": 0.5, "tokenize": 0.5}, 1.0, 6.0,
          "tokenizers limit: add 2 (6 idle cores); the trainer waits 50.0 %"),
         ("train", 0.5, {"consumer": 0.5, "tokenize": 0.5}, 1.0, 1.1,
@@ -332,6 +335,47 @@ def _look_by_http(url: str) -> None:
     asks.request("POST", "/")
     assert asks.getresponse().status == 501
     silent.close()
+
+
+def test_the_page_is_whole_shows_names_as_text_and_loads_nothing_from_elsewhere() -> None:
+    """As a parser sees it; by hand it was looked at in Chromium, which a bare machine lacks."""
+    evil = "<script>alert(1)</script>"
+    status = a_status(name=evil, notes=(evil,), verdict=evil)
+    page = live_page.page(msgspec.structs.replace(recorded(), status=status))
+    seen = Page()
+    seen.feed(page)
+    assert seen.scripts == ["live.js"]
+    assert not seen.foreign
+    assert seen.open == ["html"] or not seen.open
+    assert seen.data.count(evil) == 4  # title, headline, verdict, note
+
+
+class Page(HTMLParser):
+    """What a page holds: its scripts, addresses of elsewhere, text, and elements left open."""
+
+    _MAY_STAY_OPEN = frozenset({"meta", "td", "th", "tr", "html", "link", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts: list[str | None] = []
+        self.foreign: list[str] = []
+        self.open: list[str] = []
+        self.data = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "script":
+            self.scripts.append(dict(attrs).get("src"))
+        self.foreign += [said for name, said in attrs if name in ("src", "href") and said
+                         and "//" in said]  # fmt: skip
+        if tag not in self._MAY_STAY_OPEN:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self._MAY_STAY_OPEN:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.data += data
 
 
 def test_a_run_that_ends_says_how_and_a_port_that_is_taken_stops_the_start(tmp_path: Path) -> None:
