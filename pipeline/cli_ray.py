@@ -71,12 +71,12 @@ def tokenize(job: Job, given: Given, dry_run: bool, confirm: Callable[[str], Non
         dry_run: Only say it.
         confirm: Asks before something is destroyed.
     """
-    from pipeline import on_ray, shard_ranges
+    from pipeline import on_ray, range_task, shard_ranges
 
     _refuse_others(job, given)
     out = Path(job.run_dir)
     if job.config.data.stream.cache_dir is None:
-        job = msgspec.structs.replace(job, cache_dir=on_ray.default_cache(out))
+        job = msgspec.structs.replace(job, cache_dir=range_task.default_cache(out))
     own = {name: one.value for name, one in given.own.items()}
     order = on_ray.Order(
         job=job,
@@ -85,12 +85,12 @@ def tokenize(job: Job, given: Given, dry_run: bool, confirm: Callable[[str], Non
         task_cpus=own["task_cpus"],
         hash_whole=own["stream_sha256"],
     )
+    shown = _Shown("plain" if own["plain"] else own["progress"])
     if dry_run:
-        _say(own["json"], *_planned(order, on_ray.look(order)[1]))
+        _say(own["json"], *_planned(order, on_ray.look(order, shown.note)[1]))
         return
     if job.fresh and shard_ranges.folders(out):
         confirm(f"{out} has ranges of tokens")
-    shown = _Shown("plain" if own["plain"] else own["progress"])
     try:
         result = on_ray.run(order, shown.progress, shown.note)
     except KeyboardInterrupt:

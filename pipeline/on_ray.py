@@ -1,11 +1,9 @@
-"""`tokenize --ray`: ranges of shards as Ray tasks, each an ordinary run on whatever host has room.
+"""`tokenize --ray`: ranges of shards as tasks of a Ray cluster.
 
-Runs in: the driver, which is the command line's own process; make_range in a Ray worker, which
-becomes that run's supervisor. Only here is ray imported.
+Runs in: the driver, which is the command line's own process.
 
-A task keeps nothing that matters: its run writes into the folder that all hosts see, and goes on
-from there wherever it is begun again. What a worker's death costs is what it had not made durable
-(data.stream.writer_save_s); what the driver's death costs is the same for every task at work.
+What a Ray worker's death costs is what its run had not made durable (data.stream.writer_save_s);
+the driver's death costs the same of every task at work, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import importlib
 import logging
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,30 +21,35 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import xxhash
 
-from pipeline import cache, catalog, durable, shard_ranges, supervisor
+from pipeline import (
+    cache,
+    catalog,
+    durable,
+    manifest,
+    mixture,
+    range_task,
+    shard_ranges,
+)
 from pipeline.errors import (
     BadRecordsError,
-    BudgetError,
-    CacheInUseError,
     ConfigError,
     ExitCode,
     FinewebError,
     WorkerCrashError,
-    disk_error,
 )
+from pipeline.listing import Watch
+from pipeline.range_task import Trouble
 from pipeline.shard_ranges import Done, Range
 from pipeline.sizes import usable_cpus
 from pipeline.supervisor import Job
-from pipeline.view import line_every_s, make_view
+from pipeline.view import line_every_s
 
 LOCAL = "local"
 _TASK_CPUS = 4  # a task's default: one supervisor and one writer for so much work
 _MAX_DEATHS = 3  # of a range's tasks without a token more in between
-_IN_USE_S = 60.0  # patience with a folder whose last run is ending somewhere
-_POLL_S = 0.2
 _TURN_S = 0.5
+_SAY_S = 5.0  # between lines on a listing that takes long
 _STOP_S = 60.0  # for all tasks to save where they are
 _OBJECTS_BYTES = 100 << 20  # Ray's shared memory on this machine: no data goes through it
 
@@ -94,27 +96,21 @@ class Result(msgspec.Struct, frozen=True):
     files: str
 
 
-class Trouble(msgspec.Struct, frozen=True):
-    """What a task found that trying again does not help."""
-
-    what: str
-    remedy: str
-    exit_code: int
-    host: str
-
-
 Tell = Callable[[Progress], None]
 Note = Callable[[str], None]
 
 
-def look(order: Order) -> tuple[tuple[catalog.Shard, ...], list[Range]]:
+def look(order: Order, note: Note) -> tuple[tuple[catalog.Shard, ...], list[Range]]:
     """The shards and how they are cut; nothing is begun. Raises: ConfigError, SourceError."""
-    from pipeline import manifest, mixture
-
     stream = order.job.config.data.stream
     given = None if stream.manifest is None else manifest.read(Path(stream.manifest))
     kept = catalog.read_kept(Path(order.job.run_dir))
-    shards, _ = mixture.read(stream, stream.source_options(), catalog.Known(given, kept))
+    watch = Watch(
+        lambda done, total: note(f"looked at {done:,} of {total:,} shards"),
+        lambda why, wait_s: note(f"{why}: tried again in {wait_s:.0f} s"),
+        _SAY_S,
+    )
+    shards, _ = mixture.read(stream, stream.source_options(), catalog.Known(given, kept), watch)
     return shards, shard_ranges.cut(shards, order.range_bytes)
 
 
@@ -135,7 +131,7 @@ def run(order: Order, tell: Tell, note: Note) -> Result:
     with cache.own(out):
         if order.job.fresh:
             shard_ranges.start_over(out)
-        shards, todo = look(order)
+        shards, todo = look(order, note)
         catalog.keep(out, shards)
         shard_ranges.begin(order.job, shards, order.range_bytes)
         work = _Work(order, todo, tell, note)
@@ -221,8 +217,12 @@ class _Work:
     def run(self, ray: Any) -> None:
         """All that are missing as tasks, until they are there."""
         cpus = self._task_cpus(ray)
-        task = ray.remote(num_cpus=cpus, max_retries=0, max_calls=1)(make_range)
-        own = (cpus, self._order.job.config.data.stream.max_disk_gb, metadata.version(_PACKAGE))
+        task = ray.remote(num_cpus=cpus, max_retries=0, max_calls=1)(range_task.make_range)
+        own = (
+            cpus,
+            self._order.job.config.data.stream.max_disk_gb,
+            metadata.version(range_task.PACKAGE),
+        )
 
         def submit(one: Range) -> None:
             # One argument by value: Ray would look into a bare list for its own references.
@@ -355,100 +355,3 @@ class _Work:
             wall_s=round(wall_s, 3),
             files=f"{self._out}/range-*/tokens_*.bin",
         )
-
-
-# ── the task ────────────────────────────────────────────────────────────────────────────────
-
-_PACKAGE = "fineweb-pipeline"
-
-
-def make_range(job: Job, cpus: int, max_disk_gb: float, version: str) -> Done | Trouble:
-    """Tokenize one range. Runs in: a Ray worker that does nothing before or after it.
-
-    Args:
-        job: The range's; its cache_dir holds the slots of this host.
-        cpus: Of this task.
-        max_disk_gb: Of this host: its tasks share it.
-        version: The driver's.
-    """
-    host = socket.gethostname()
-    try:
-        mine = metadata.version(_PACKAGE)
-        if mine != version:
-            raise ConfigError(
-                f"this host has {_PACKAGE} {mine}, and the driver {version}", "install the same"
-            )
-        return _patiently(lambda: _tokenize(job, cpus, max_disk_gb, host))
-    except FinewebError as error:
-        return Trouble(error.what, error.remedy, int(error.exit_code), host)
-    except OSError as error:
-        known = disk_error(error, "the task")
-        if known is None:
-            raise
-        return Trouble(known.what, known.remedy, int(known.exit_code), host)
-
-
-def _patiently(action: Callable[[], Done | Trouble]) -> Done | Trouble:
-    """Do it when whoever had the folders has ended: a task that was killed leaves processes that
-    end within a second, a cancelled one saves first."""
-    deadline = time.monotonic() + _IN_USE_S
-    while True:
-        try:
-            return action()
-        except CacheInUseError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(_POLL_S)
-
-
-def _tokenize(job: Job, cpus: int, max_disk_gb: float, host: str) -> Done | Trouble:
-    slots = _slots_here(cpus)
-    with _slot(Path(job.cache_dir), slots) as folder:
-        stream = msgspec.structs.replace(job.config.data.stream, max_disk_gb=max_disk_gb / slots)
-        data = msgspec.structs.replace(job.config.data, stream=stream)
-        config = msgspec.structs.replace(job.config, data=data)
-        job = msgspec.structs.replace(job, config=config, cache_dir=str(folder))
-        try:
-            outcome = supervisor.run(job, make_view("none"))
-        except BudgetError as error:
-            shared = f"{max_disk_gb:g} GB for {slots} tasks: {error.remedy}"
-            raise BudgetError(error.what, shared) from None
-    if not outcome.complete:
-        return Trouble("stopped", "the same command goes on", int(ExitCode.RESUME), host)
-    done = msgspec.convert({**outcome.summary, "host": host}, Done)
-    shard_ranges.finish(Path(job.run_dir), done)
-    return done
-
-
-def _slots_here(cpus: int) -> int:
-    """How many tasks this host can have at a time."""
-    ray: Any = importlib.import_module("ray")  # half of it has no types
-    here = ray.get_runtime_context().get_node_id()
-    mine = next(node for node in ray.nodes() if node["NodeID"] == here)
-    return max(1, int(mine["Resources"].get("CPU", cpus)) // cpus)
-
-
-@contextmanager
-def _slot(root: Path, slots: int) -> Iterator[Path]:
-    """A cache folder of this host that no other task has. What a task that was killed has left
-    there is the next one's, counted in its budget, so that all slots together hold the host's.
-
-    Raises:
-        CacheInUseError: all are taken.
-    """
-    with ExitStack() as stack:
-        for number in range(slots):
-            folder = root / f"slot-{number}"
-            try:
-                stack.enter_context(cache.own(folder))
-                break
-            except CacheInUseError:
-                if number == slots - 1:
-                    raise
-        yield folder / "cache"
-
-
-def default_cache(out: Path) -> str:
-    """Where a host keeps shards: a folder of its own disk, of this stream alone."""
-    name = xxhash.xxh3_64_hexdigest(str(out.absolute()).encode())
-    return str(Path(tempfile.gettempdir()) / f"fineweb-pipeline-{name}")

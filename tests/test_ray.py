@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import cache, on_ray, shard_ranges
+from pipeline import cache, on_ray, range_task, shard_ranges
 from pipeline.catalog import Shard
 from pipeline.cli import cli
 from pipeline.errors import CacheInUseError, ConfigError, CursorMismatchError, ShardError
@@ -266,9 +266,9 @@ def test_ranges_are_consecutive_and_no_longer_than_they_must_be(
 
 
 def test_a_host_has_no_more_cache_folders_than_tasks(tmp_path: Path) -> None:
-    with on_ray._slot(tmp_path, 2) as first, on_ray._slot(tmp_path, 2) as second:
+    with range_task._slot(tmp_path, 2) as first, range_task._slot(tmp_path, 2) as second:
         assert first != second
-        with pytest.raises(CacheInUseError), on_ray._slot(tmp_path, 2):
+        with pytest.raises(CacheInUseError), range_task._slot(tmp_path, 2):
             pass
-    with on_ray._slot(tmp_path, 2) as again:
+    with range_task._slot(tmp_path, 2) as again:
         assert again == first
