@@ -4,8 +4,8 @@
     python -m benchmarks.whole_fineweb --cpu-s-per-mtok 0.06 [--range-cpu-s 3]
 
 `tokenize` and `tokenize --ray local` on the same parquet shards, in turns; all ids must be the
-same. Costs are marginal (benchmarks/measure.py); a range's own cost is what eight ranges cost more
-than one of the same shards. CPU seconds are those of every process, Ray's included.
+same. Costs are marginal (benchmarks/measure.py); a range's own cost is what a range per
+shard costs more than one range of all. CPU seconds are those of every process, Ray's included.
 
 The forecast is arithmetic, not a run:
 
@@ -34,7 +34,7 @@ from benchmarks.measure import Costs, Run, Sets
 # tokenizer, 44 TB of parquet
 FINEWEB_TOKENS, FINEWEB_BYTES = 15e12, 44e12
 _TOKEN_BYTES = 2
-_MANY = 8
+_ONE_RANGE, _A_SHARD_EACH = "1000", "1e-9"  # --range-gb
 
 
 class Site(NamedTuple):
@@ -76,15 +76,15 @@ def forecast(cpu_s_per_mtok: float, range_cpu_s: float, site: Site) -> Forecast:
 # ── measured ────────────────────────────────────────────────────────────────────────────────
 
 
-def one_run(shards: list[Path], ranges: int | None) -> Run:
-    """A run with one tokenizer, and the CPU seconds of everything in it; None: without Ray."""
-    more: list[str] = []
-    if ranges is not None:
-        size = sum(path.stat().st_size for path in shards)
-        gigabytes = size / ranges / 1e9 * 0.999  # a range is full when it has at least so much
-        more = ["--ray", "local", "--range-gb", f"{gigabytes:.12f}", "--no-stream-sha256"]
+def one_run(shards: list[Path], ray: str | None) -> Run:
+    """A run with one tokenizer, and the CPU seconds of everything in it.
+
+    Args:
+        shards: To read.
+        ray: GB of a range, or None: without Ray.
+    """
+    more = [] if ray is None else ["--ray", "local", "--range-gb", ray, "--no-stream-sha256"]
     run = measure.tokenize(shards, 1, *more)
-    assert ranges in (None, run.get("ranges")), run
     return {**run, "cpu_s": sum(run["cpu_s_by_stage"].values())}
 
 
@@ -92,8 +92,9 @@ def one_round(sets: Sets) -> Costs:
     """CPU seconds per million tokens of both, of a start, and of a range."""
     small, large = sets["parquet", "small"], sets["parquet", "large"]
     alone = one_run(small, None), one_run(large, None)
-    ray = one_run(small, 1), one_run(large, 1)
-    many = one_run(large, _MANY)
+    ray = one_run(small, _ONE_RANGE), one_run(large, _ONE_RANGE)
+    many = one_run(large, _A_SHARD_EACH)
+    assert (ray[1]["ranges"], many["ranges"]) == (1, len(large))
     assert len({one["tokens"] for one in (alone[1], ray[1], many)}) == 1
     costs = [measure.marginal(big, little)["cpu_s_per_mtok"] for little, big in (alone, ray)]
     mtok = alone[0]["tokens"] / 1e6
@@ -102,7 +103,7 @@ def one_round(sets: Sets) -> Costs:
         "ray": costs[1],
         "start_alone": alone[0]["cpu_s"] - mtok * costs[0],
         "start_ray": ray[0]["cpu_s"] - mtok * costs[1],
-        "range": (many["cpu_s"] - ray[1]["cpu_s"]) / (_MANY - 1),
+        "range": (many["cpu_s"] - ray[1]["cpu_s"]) / (many["ranges"] - 1),
     }
 
 

@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,7 @@ _TASK_CPUS = 4  # a task's default: one supervisor and one writer for so much wo
 _MAX_DEATHS = 3  # of a range's tasks without a token more in between
 _TURN_S = 0.5
 _SAY_S = 5.0  # between lines on a listing that takes long
+_KNOCK_S = 5.0
 _STOP_S = 60.0  # for all tasks to save where they are
 _OBJECTS_BYTES = 100 << 20  # Ray's shared memory on this machine: no data goes through it
 
@@ -183,8 +185,9 @@ def _cluster(address: str) -> Iterator[Any]:
                    "include_dashboard": False, "_node_ip_address": "127.0.0.1",
                    "_temp_dir": folder}  # fmt: skip
         try:
+            _knock(address)
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        except (ConnectionError, ValueError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(
                 f"--ray {address}: {str(error).splitlines()[0]}",
                 "on a host of the cluster, give auto or HOST:PORT of its head (`ray status` shows "
@@ -197,6 +200,13 @@ def _cluster(address: str) -> Iterator[Any]:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
         stack.callback(signal.signal, signal.SIGTERM, before)
         yield ray
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens there: Ray itself would try for ten minutes. Raises: OSError."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
 
 
 class _Work:

@@ -241,7 +241,18 @@ def test_what_concerns_the_whole_stream_at_once_does_not_go_with_ranges(
     assert not out.exists()
 
 
-def test_there_is_no_such_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_listens_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with (
+            pytest.raises(ConfigError, match=f"--ray {address}: .*refused"),
+            on_ray._cluster(address),
+        ):
+            pass
+
+
+def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="needs the package ray"), on_ray._cluster("auto"):
         pass
