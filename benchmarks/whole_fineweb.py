@@ -3,9 +3,10 @@
     python -m benchmarks.whole_fineweb --docs FOLDER [--megabytes N] [--rounds R]
     python -m benchmarks.whole_fineweb --cpu-s-per-mtok 0.06 [--range-cpu-s 3]
 
-`tokenize` and `tokenize --ray local` on the same parquet shards, in turns; all ids must be the
-same. Costs are marginal (benchmarks/measure.py); a range's own cost is what a range per
-shard costs more than one range of all. CPU seconds are those of every process, Ray's included.
+`tokenize` and `tokenize --ray local` on the same parquet shards, in turns. What a token costs is
+marginal (benchmarks/measure.py), and measured without Ray: a task runs the same processes, and
+beside Ray's own the difference would drown. What a range costs is what a range per shard costs
+more than one range of all. CPU seconds are those of every process, Ray's included.
 
 The forecast is arithmetic, not a run:
 
@@ -89,21 +90,19 @@ def one_run(shards: list[Path], ray: str | None) -> Run:
 
 
 def one_round(sets: Sets) -> Costs:
-    """CPU seconds per million tokens of both, of a start, and of a range."""
-    small, large = sets["parquet", "small"], sets["parquet", "large"]
-    alone = one_run(small, None), one_run(large, None)
-    ray = one_run(small, _ONE_RANGE), one_run(large, _ONE_RANGE)
-    many = one_run(large, _A_SHARD_EACH)
-    assert (ray[1]["ranges"], many["ranges"]) == (1, len(large))
-    assert len({one["tokens"] for one in (alone[1], ray[1], many)}) == 1
-    costs = [measure.marginal(big, little)["cpu_s_per_mtok"] for little, big in (alone, ray)]
-    mtok = alone[0]["tokens"] / 1e6
+    """CPU seconds: of a million tokens, of a start, of Ray's start with its first range, and of
+    one more range."""
+    small, large = one_run(sets["parquet", "small"], None), one_run(sets["parquet", "large"], None)
+    one = one_run(sets["parquet", "large"], _ONE_RANGE)
+    many = one_run(sets["parquet", "large"], _A_SHARD_EACH)
+    assert (one["ranges"], many["ranges"]) == (1, len(sets["parquet", "large"]))
+    assert large["tokens"] == one["tokens"] == many["tokens"]
+    per_mtok = measure.marginal(large, small)["cpu_s_per_mtok"]
     return {
-        "alone": costs[0],
-        "ray": costs[1],
-        "start_alone": alone[0]["cpu_s"] - mtok * costs[0],
-        "start_ray": ray[0]["cpu_s"] - mtok * costs[1],
-        "range": (many["cpu_s"] - ray[1]["cpu_s"]) / (many["ranges"] - 1),
+        "per_mtok": per_mtok,
+        "start": small["cpu_s"] - per_mtok * small["tokens"] / 1e6,
+        "ray_start": one["cpu_s"] - per_mtok * one["tokens"] / 1e6,
+        "range": (many["cpu_s"] - one["cpu_s"]) / (many["ranges"] - 1),
     }
 
 
@@ -118,12 +117,13 @@ def measured(args: argparse.Namespace) -> tuple[float, float]:
     found = measure.median(rounds)
     print(f"\n{measure.machine()}\n")
     rows = [
-        ("tokenize", f"{found['alone']:.4f}", f"{found['start_alone']:.1f}", "–"),
-        ("tokenize --ray local", f"{found['ray']:.4f}", f"{found['start_ray']:.1f}",
-         f"{found['range']:.1f}"),
-    ]  # fmt: skip
-    print(measure.table(("", "CPU s per M tokens", "CPU s of a start", "of one more range"), rows))
-    return found["ray"], found["range"]
+        ("a million tokens", f"{found['per_mtok']:.4f}"),
+        ("a start of tokenize", f"{found['start']:.1f}"),
+        ("a start of Ray and its first range", f"{found['ray_start']:.1f}"),
+        ("one more range", f"{found['range']:.1f}"),
+    ]
+    print(measure.table(("what", "CPU s"), rows))
+    return found["per_mtok"], found["range"]
 
 
 def main() -> None:
