@@ -129,7 +129,7 @@ def tokenize(ctx: click.Context, /, out: str, config_path: str | None, **options
       fineweb-pipeline tokenize --shards '/data/*.parquet' --out tokens
       fineweb-pipeline tokenize --shards 'https://host/s-{000..099}.jsonl.zst' \\
           --out tokens --max-disk 5 --json
-      fineweb-pipeline tokenize --shards @shards.txt --out /shared/tokens --ray auto
+      fineweb-pipeline tokenize --shards @shards.txt --out /nfs/tokens --ray auto
     """
     given = cli_options.given(ctx)
     resolved = given.resolve(config_path, {"name": Path(out).name, **_TOKENIZE_DEFAULTS})
