@@ -243,6 +243,20 @@ def _shard(index: int, found: Found, name: str, stat: Stat, given: Manifest | No
     return Shard(index, found.url, name, stat.size_bytes, stat.version, sha256, found.pattern)
 
 
+def deal(shards: Sequence[Shard], group_bytes: int) -> list[tuple[Shard, ...]]:
+    """Consecutive shards in groups: one after the other until a group has so many bytes. Pure.
+    One of unknown size fills a group alone."""
+    dealt: list[list[Shard]] = []
+    room = 0
+    for shard in shards:
+        if room <= 0:
+            dealt.append([])
+            room = group_bytes
+        dealt[-1].append(shard)
+        room -= group_bytes if shard.size_bytes is None else shard.size_bytes
+    return [tuple(ones) for ones in dealt]
+
+
 def size_bytes(folder: Path, shards: Sequence[Shard]) -> tuple[int, int]:
     """Bytes of what keep leaves, and the most that stands on the disk while it is written."""
     path, new = folder / FILE_NAME, len(manifest.encode(to_entries(shards)))

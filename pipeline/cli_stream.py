@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from pipeline import checkpoints, cli_options, cli_ranks
+from pipeline import checkpoints, cli_options, cli_ranks, cli_ray
 from pipeline.cli_options import Given, config_option, stream_options
 from pipeline.errors import ConfigError, exit_codes
 from pipeline.view import make_view
@@ -115,6 +115,7 @@ def start(ctx: click.Context, /, config_path: str | None, **options: Any) -> Non
 @click.option(
     "--epochs", type=click.IntRange(1), metavar="N", help="Passes over the shards.  [default: 1]"
 )
+@cli_ray.options
 @stream_options
 @click.pass_context
 def tokenize(ctx: click.Context, /, out: str, config_path: str | None, **options: Any) -> None:
@@ -128,6 +129,7 @@ def tokenize(ctx: click.Context, /, out: str, config_path: str | None, **options
       fineweb-pipeline tokenize --shards '/data/*.parquet' --out tokens
       fineweb-pipeline tokenize --shards 'https://host/s-{000..099}.jsonl.zst' \\
           --out tokens --max-disk 5 --json
+      fineweb-pipeline tokenize --shards @shards.txt --out /nfs/tokens --ray auto
     """
     given = cli_options.given(ctx)
     resolved = given.resolve(config_path, {"name": Path(out).name, **_TOKENIZE_DEFAULTS})
@@ -137,6 +139,12 @@ def tokenize(ctx: click.Context, /, out: str, config_path: str | None, **options
     job = _job("tokenize", resolved.config, Path(out), options["fresh"])
     limits = {name: options[name] for name in ("limit_tokens", "file_tokens")}
     job = msgspec.structs.replace(job, **limits)
+    if options["ray"] is not None:
+        cli_ray.tokenize(
+            job, given, options["dry_run"], lambda what: _confirm(options["yes"], what)
+        )
+        return
+    cli_ray.refuse_ranges(Path(out))
     if options["dry_run"]:
         _dry_run(job, options["as_json"])
         return

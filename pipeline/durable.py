@@ -30,6 +30,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write(path: Path, data: bytes) -> None:
+    """Write a file aside and rename it: a reader finds all of it, or what was there before.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        sync(file)
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it that are missing, durably; fine if it is there."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]

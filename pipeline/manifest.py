@@ -101,9 +101,4 @@ def write(path: Path, entries: Iterable[Entry]) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(encode(entries))
-        durable.sync(file)
-    partial.replace(path)
-    durable.sync_folder(path.parent)
+    durable.write(path, encode(entries))

@@ -94,6 +94,8 @@ class Job(msgspec.Struct, frozen=True):
     file_tokens: int = 100_000_000
     held_out: bool = False  # of the documents that training does not see
     rank: Rank = Rank()
+    shards: tuple[catalog.Shard, ...] = ()  # looked up already; else the configuration's
+    cpus: int | None = None  # that it may use; None: all
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -253,7 +255,7 @@ class _Run:
             lambda: encoding.load(tokenizer.name, tokenizer.vocab_size),
             f"{tokenizer.name}-{vocabulary.size}",
         )
-        cpus = max(1, sizes.usable_cpus() // here)
+        cpus = job.cpus or max(1, sizes.usable_cpus() // here)
         self.sizes = sizes.split(cpus, job.kind, self.stream, cost)
         self.reporter = Reporter(job, view, self.log, len(self.share.lanes), self.started)
         self.reporter.other_bytes = listed["kept_bytes"]
@@ -286,11 +288,14 @@ class _Run:
             _SAY_S,
         )
         path = self.stream.manifest
-        given = None if path is None else manifest.read(Path(path))
+        given = None if path is None or self.job.shards else manifest.read(Path(path))
         folder = self.run_dir.parents[1] if self.job.held_out else self.run_dir
         kept = catalog.read_kept(folder)
         known = catalog.Known(given, kept)
-        shards, set_sizes = mixture.read(self.stream, options, known, watch)
+        shards: tuple[catalog.Shard, ...] = self.job.shards
+        set_sizes: tuple[int, ...] = (len(shards),)
+        if not shards:
+            shards, set_sizes = mixture.read(self.stream, options, known, watch)
         listed_s = time.monotonic() - begin
         kept_bytes, peak_bytes = catalog.size_bytes(folder, shards)
         self.fixed_bytes += peak_bytes

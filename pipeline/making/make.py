@@ -84,16 +84,8 @@ class Done(NamedTuple):
 
 def groups(shards: Sequence[Shard], shard_bytes: int) -> list[_Group]:
     """Deal the inputs. Pure. One of unknown size fills a group alone."""
-    dealt: list[list[Shard]] = []
-    room = 0
-    for shard in shards:
-        size = _GROUP_SHARDS * shard_bytes if shard.size_bytes is None else shard.size_bytes
-        if room <= 0:
-            dealt.append([])
-            room = _GROUP_SHARDS * shard_bytes
-        dealt[-1].append(shard)
-        room -= size
-    return [_Group(number, tuple(ones)) for number, ones in enumerate(dealt)]
+    dealt = catalog.deal(shards, _GROUP_SHARDS * shard_bytes)
+    return [_Group(number, ones) for number, ones in enumerate(dealt)]
 
 
 def inputs(order: Order, watch: Watch = QUIET) -> tuple[Shard, ...]:
