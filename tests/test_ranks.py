@@ -5,6 +5,7 @@ Real processes and MLX's ring on the loopback address; every wait has a deadline
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -218,6 +219,7 @@ def test_ranks_meet_a_stranger_is_not_let_in_and_a_loss_is_named() -> None:
     (port,) = launch.free_ports(1)
     waits = config.Ranks(start_s=20, timeout_s=5)
     said: list[Any] = [None] * 3
+    all_said = threading.Barrier(3, timeout=20)
 
     def run(number: int, key: str) -> None:
         one = meeting.Meeting(Rank(number, 3, f"127.0.0.1:{port}", key), waits, lambda: 0)
@@ -225,6 +227,7 @@ def test_ranks_meet_a_stranger_is_not_let_in_and_a_loss_is_named() -> None:
             one.open()
             said[number] = one.gather(str(number).encode())
             assert one.on_this_host == 3
+            all_said.wait()
             if number == 1:
                 one.leave(settled=False, why="its disk is full")
                 return
@@ -267,6 +270,15 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_shards(tmp_path_factory.mktemp("ranks"), english(160), 8, "jsonl.zst")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Whatever a test that failed has left running ends with it."""
+    yield
+    for process in descendants(os.getpid()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 class Job:
@@ -318,18 +330,19 @@ def events(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
     """Events as they come; the test's limit bounds the wait."""
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("{"):
-            yield json.loads(line)
+        yield json.loads(line) if line.startswith("{") else {"event": line}
 
 
 def until(told: Iterator[dict[str, Any]], name: str) -> dict[str, Any]:
     """The first event of a name; of step_done, what the status shows of it."""
+    last: list[dict[str, Any]] = []
     for event in told:
         if event.get("event") == name:
             return event
         if name == "step_done" and event.get("status", {}).get("step"):
             return event
-    raise AssertionError(f"the run ended without {name}")
+        last = [*last[-20:], event] if "event" in event else last
+    raise AssertionError(f"the run ended without {name}, after {last}")
 
 
 def rank_processes(pid: int) -> list[psutil.Process]:
