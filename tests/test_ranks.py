@@ -257,6 +257,34 @@ def test_ranks_meet_a_stranger_is_not_let_in_and_a_loss_is_named() -> None:
         assert "its disk is full" in said[number][1].what
 
 
+def test_a_rank_that_would_train_something_else_is_refused() -> None:
+    (port,) = launch.free_ports(1)
+    found: list[Any] = [None, None]
+    cursor = Cursor("print", {}, (LaneCursor(1, 2, 3, 4),))
+
+    def run(number: int, momentum: float) -> None:
+        one = msgspec.convert({"name": "x", "training": {"optimization": {"momentum": momentum}}},
+                              config.Config)  # fmt: skip
+        place = Rank(number, 2, f"127.0.0.1:{port}")
+        try:
+            with meeting.of(place, config.Ranks(start_s=20), lambda: 0) as others:
+                found[number] = meeting.agreed(others, one, {}, None if number else cursor)
+                others.gather(b"")
+        except FinewebError as error:
+            found[number] = found[number], error
+
+    threads = [threading.Thread(target=run, args=(number, 0.9 + number / 20)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert isinstance(found[1][1], ConfigError)
+    assert "another configuration than rank 0: training" in found[1][1].what
+    assert found[0][0] == cursor
+    assert isinstance(found[0][1], PeerLostError)
+    assert "another configuration" in found[0][1].what
+
+
 def test_a_rank_that_does_not_come_is_named() -> None:
     (port,) = launch.free_ports(1)
     one = meeting.Meeting(Rank(0, 3, f"127.0.0.1:{port}"), config.Ranks(start_s=0.3), lambda: 0)
