@@ -27,6 +27,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from pipeline import config, launch, meeting, ranks
 from pipeline.channel import Channel, frame
@@ -38,6 +39,7 @@ from pipeline.turns import Group
 from shm import ring
 from tests.harness import ROOT, descendants, english, write_shards
 from tests.training_jobs import training
+from trainer import team
 from trainer.feed import Feed, StopWanted
 
 T = 4
@@ -212,6 +214,24 @@ def test_one_rank_that_stops_stops_all_before_anything_is_taken() -> None:
     assert stopped == [[T, T], [T, T]]
 
 
+def test_a_message_of_an_earlier_exchange_is_a_lost_rank() -> None:
+    """What MLX's ring has been seen to return when a rank had died: the memory of before."""
+    alone = team.Team()
+    for data in (b"", b"one", bytes(9000)):  # the last one takes a larger frame
+        assert alone.exchange(data) == [data]
+    header = team._HEADER
+    stale = np.zeros(header.size + 9000, np.uint8)
+    good = xxh3_64_intdigest(b"ab")
+    for exchange, digest, fits in ((3, good, True), (2, good, False), (3, 7, False)):
+        raw = header.pack(2, exchange, digest) + b"ab"
+        stale[: len(raw)] = np.frombuffer(raw, np.uint8)
+        if fits:
+            assert alone._opened(stale) == (2, b"ab")
+        else:
+            with pytest.raises(PeerLostError, match="not what its sender has sent"):
+                alone._opened(stale)
+
+
 # ── the meeting ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -262,9 +282,7 @@ def test_a_rank_that_would_train_something_else_is_refused() -> None:
     found: list[Any] = [None, None]
     cursor = Cursor("print", {}, (LaneCursor(1, 2, 3, 4),))
 
-    def run(number: int, momentum: float) -> None:
-        one = msgspec.convert({"name": "x", "training": {"optimization": {"momentum": momentum}}},
-                              config.Config)  # fmt: skip
+    def run(number: int, one: config.Config) -> None:
         place = Rank(number, 2, f"127.0.0.1:{port}")
         try:
             with meeting.of(place, config.Ranks(start_s=20), lambda: 0) as others:
@@ -273,7 +291,11 @@ def test_a_rank_that_would_train_something_else_is_refused() -> None:
         except FinewebError as error:
             found[number] = found[number], error
 
-    threads = [threading.Thread(target=run, args=(number, 0.9 + number / 20)) for number in (0, 1)]
+    both = [
+        msgspec.convert({"name": "x", "training": {"optimization": {"momentum": m}}}, config.Config)
+        for m in (0.9, 0.95)
+    ]
+    threads = [threading.Thread(target=run, args=one) for one in enumerate(both)]
     for thread in threads:
         thread.start()
     for thread in threads:
