@@ -19,14 +19,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Union
+from typing import Union
 
 import msgspec
 
 from pipeline import config
 from pipeline.channel import SupervisorChannel
 from pipeline.errors import ConfigError, FinewebError, PeerLostError, StoppedError
-from pipeline.messages import Message
+from pipeline.messages import Cursor, Message
 from pipeline.ranks import Rank
 
 _POLL_S = 0.1
@@ -317,13 +317,37 @@ def of(rank: Rank, waits: config.Ranks, stop_requested: Callable[[], int]) -> It
         meeting.leave(settled=False, why="it failed")
 
 
-def config_digest(one: config.Config) -> dict[str, Any]:
-    """What must be the same on all ranks, as plain data: all but where things lie and how many
-    workers there are."""
+def agreed(
+    others: Meeting, one: config.Config, stream: dict[str, str], cursor: Cursor | None
+) -> Cursor | None:
+    """Rank 0's cursor (None: it begins at the beginning), once all ranks are ready to begin.
+
+    Args:
+        others: The meeting.
+        one: This rank's configuration.
+        stream: Its identity of the stream.
+        cursor: Of its own checkpoint, if it has one.
+
+    Raises:
+        ConfigError: this rank would train something else; says what differs.
+    """
     plain = config.to_plain(one)
-    return {key: plain[key] for key in ("model", "training")} | {
-        "system": {"seed": plain["system"]["seed"]},
+    settings = {
+        "model": plain["model"],
+        "training": plain["training"],
         "data.preprocessing": plain["data"]["preprocessing"],
         "logging.steps": plain["logging"]["steps"],
+        "system.seed": plain["system"]["seed"],
         "ranks.gradients": plain["ranks"]["gradients"],
+        "the stream": stream,
     }
+    ours = {key: msgspec.json.encode(value) for key, value in settings.items()}
+    first, *_ = others.gather(msgspec.msgpack.encode((ours, cursor)))
+    theirs, found = msgspec.msgpack.decode(first, type=tuple[dict[str, bytes], Cursor | None])
+    if differing := [key for key in ours if theirs.get(key) != ours[key]]:
+        raise ConfigError(
+            f"rank {others.rank.number} has another configuration than rank 0: "
+            f"{', '.join(differing)}",
+            "start all ranks with the same options, files and shards",
+        )
+    return found

@@ -70,6 +70,7 @@ SHOWN = {
     "shard_skipped", "block_skipped", "disk_full", "stopping", "stream_ended", "worker_stderr",
     "cached_shard_damaged", "fetch_tried_again", "worker_failed", "listing_shards",
     "listing_tried_again", "checkpoint_waits_for_disk", "serving_status", "status_server_ended",
+    "ranks_started_again", "ranks_differed", "rank_waits_for_data",
 }  # fmt: skip
 _NOTE_LENGTH = 160
 

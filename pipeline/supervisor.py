@@ -380,33 +380,13 @@ class _Run:
         elif latest := checkpoints.latest(self.run_dir):
             cursor, path, size = latest.cursor, str(latest.path), latest.size_bytes
         if self.job.kind == "train":
-            cursor = self._agreed(cursor)
+            cursor = meeting.agreed(self.others, self.config, self.identity, cursor)
         if cursor is None:
             start = (LaneCursor(0, 0, 0, 0),) * self.lanes
             return Cursor(identity.fingerprint(self.identity), self.identity, start), None, 0
         identity.refuse_other(cursor, self.identity, path or str(self.run_dir))
         self.reporter.event("info", "resuming", tokens=sum(lane.position for lane in cursor.lanes))
         return cursor, path, size
-
-    def _agreed(self, cursor: Cursor | None) -> Cursor | None:
-        """Rank 0's cursor, once all ranks are ready to begin.
-
-        Raises:
-            ConfigError: a rank would train something else.
-        """
-        settings = meeting.config_digest(self.config) | {"stream": self.identity}
-        mine = msgspec.json.encode((settings, cursor))
-        first, *_ = self.others.gather(mine)
-        theirs, found = msgspec.json.decode(first, type=tuple[dict[str, Any], Cursor | None])
-        differing = [key for key, value in msgspec.to_builtins(settings).items()
-                     if theirs.get(key) != value]  # fmt: skip
-        if msgspec.json.encode(theirs) != msgspec.json.encode(settings) and differing:
-            raise ConfigError(
-                f"rank {self.job.rank.number} has another configuration than rank 0: "
-                f"{', '.join(differing)}",
-                "start all ranks with the same options, files and shards",
-            )
-        return found
 
     # ── one generation ──────────────────────────────────────────────────────────────────────
 

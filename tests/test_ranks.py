@@ -5,6 +5,7 @@ Real processes and MLX's ring on the loopback address; every wait has a deadline
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from pipeline import config, launch, meeting, ranks
 from pipeline.channel import Channel, frame
@@ -37,6 +39,7 @@ from pipeline.turns import Group
 from shm import ring
 from tests.harness import ROOT, descendants, english, write_shards
 from tests.training_jobs import training
+from trainer import team
 from trainer.feed import Feed, StopWanted
 
 T = 4
@@ -211,6 +214,24 @@ def test_one_rank_that_stops_stops_all_before_anything_is_taken() -> None:
     assert stopped == [[T, T], [T, T]]
 
 
+def test_a_message_of_an_earlier_exchange_is_a_lost_rank() -> None:
+    """What MLX's ring has been seen to return when a rank had died: the memory of before."""
+    alone = team.Team()
+    for data in (b"", b"one", bytes(9000)):  # the last one takes a larger frame
+        assert alone.exchange(data) == [data]
+    header = team._HEADER
+    stale = np.zeros(header.size + 9000, np.uint8)
+    good = xxh3_64_intdigest(b"ab")
+    for exchange, digest, fits in ((3, good, True), (2, good, False), (3, 7, False)):
+        raw = header.pack(2, exchange, digest) + b"ab"
+        stale[: len(raw)] = np.frombuffer(raw, np.uint8)
+        if fits:
+            assert alone._opened(stale) == (2, b"ab")
+        else:
+            with pytest.raises(PeerLostError, match="not what its sender has sent"):
+                alone._opened(stale)
+
+
 # ── the meeting ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -218,6 +239,7 @@ def test_ranks_meet_a_stranger_is_not_let_in_and_a_loss_is_named() -> None:
     (port,) = launch.free_ports(1)
     waits = config.Ranks(start_s=20, timeout_s=5)
     said: list[Any] = [None] * 3
+    all_said = threading.Barrier(3, timeout=20)
 
     def run(number: int, key: str) -> None:
         one = meeting.Meeting(Rank(number, 3, f"127.0.0.1:{port}", key), waits, lambda: 0)
@@ -225,6 +247,7 @@ def test_ranks_meet_a_stranger_is_not_let_in_and_a_loss_is_named() -> None:
             one.open()
             said[number] = one.gather(str(number).encode())
             assert one.on_this_host == 3
+            all_said.wait()
             if number == 1:
                 one.leave(settled=False, why="its disk is full")
                 return
@@ -254,6 +277,36 @@ def test_ranks_meet_a_stranger_is_not_let_in_and_a_loss_is_named() -> None:
         assert "its disk is full" in said[number][1].what
 
 
+def test_a_rank_that_would_train_something_else_is_refused() -> None:
+    (port,) = launch.free_ports(1)
+    found: list[Any] = [None, None]
+    cursor = Cursor("print", {}, (LaneCursor(1, 2, 3, 4),))
+
+    def run(number: int, one: config.Config) -> None:
+        place = Rank(number, 2, f"127.0.0.1:{port}")
+        try:
+            with meeting.of(place, config.Ranks(start_s=20), lambda: 0) as others:
+                found[number] = meeting.agreed(others, one, {}, None if number else cursor)
+                others.gather(b"")
+        except FinewebError as error:
+            found[number] = found[number], error
+
+    both = [
+        msgspec.convert({"name": "x", "training": {"optimization": {"momentum": m}}}, config.Config)
+        for m in (0.9, 0.95)
+    ]
+    threads = [threading.Thread(target=run, args=one) for one in enumerate(both)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert isinstance(found[1][1], ConfigError)
+    assert "another configuration than rank 0: training" in found[1][1].what
+    assert found[0][0] == cursor
+    assert isinstance(found[0][1], PeerLostError)
+    assert "another configuration" in found[0][1].what
+
+
 def test_a_rank_that_does_not_come_is_named() -> None:
     (port,) = launch.free_ports(1)
     one = meeting.Meeting(Rank(0, 3, f"127.0.0.1:{port}"), config.Ranks(start_s=0.3), lambda: 0)
@@ -267,6 +320,15 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_shards(tmp_path_factory.mktemp("ranks"), english(160), 8, "jsonl.zst")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Whatever a test that failed has left running ends with it."""
+    yield
+    for process in descendants(os.getpid()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 class Job:
@@ -318,18 +380,19 @@ def events(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
     """Events as they come; the test's limit bounds the wait."""
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("{"):
-            yield json.loads(line)
+        yield json.loads(line) if line.startswith("{") else {"event": line}
 
 
 def until(told: Iterator[dict[str, Any]], name: str) -> dict[str, Any]:
     """The first event of a name; of step_done, what the status shows of it."""
+    last: list[dict[str, Any]] = []
     for event in told:
         if event.get("event") == name:
             return event
         if name == "step_done" and event.get("status", {}).get("step"):
             return event
-    raise AssertionError(f"the run ended without {name}")
+        last = [*last[-20:], event] if "event" in event else last
+    raise AssertionError(f"the run ended without {name}, after {last}")
 
 
 def rank_processes(pid: int) -> list[psutil.Process]:

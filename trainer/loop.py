@@ -42,7 +42,8 @@ class Loop:
         vocab_size: Of the tokenizer.
         dtype: To compute in.
         eot: The token that every document begins with; needed where documents are masked.
-        team: The ranks that train together; None: there is one.
+        team: The ranks that train together; None: this process trains alone, whatever else the
+            environment says.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Loop:
         eot: int | None = None,
         team: Team | None = None,
     ) -> None:
-        self.team = team or Team()
+        self._team = team
         self.config, self.dtype = config, dtype
         self.hyper = config.training.hyperparameters
         assert self.hyper.batch_size != "auto", "trainer/sizing.py settles it"
@@ -76,7 +77,7 @@ class Loop:
         self.batch_tokens = self.batch_windows * T
         self.update_tokens = self.batch_tokens * self.hyper.gradient_accumulation_steps
         # gradients and losses are averaged over the ranks
-        self._share_tokens = self.update_tokens / self.team.size
+        self._share_tokens = self.update_tokens / (team.size if team else 1)
         # On the CPU nothing is gained by running ahead, and what runs ahead holds memory.
         self._launch = mx.async_eval if mx.default_device() == mx.gpu else mx.eval
         self._first = mx.compile(self._gradients)
@@ -163,7 +164,8 @@ class Loop:
             self._launch(gradients, loss)
         if not gradients:  # our lanes had no turn: the others' had
             gradients = {name: mx.zeros_like(array) for name, array in self.weights.items()}
-        gradients, loss = self.team.mean(gradients, loss)
+        if self._team is not None:
+            gradients, loss = self._team.mean(gradients, loss)
         total = self.hyper.iters
         factor = schedule.multiplier(self.config.training.scheduler, self.step, total)
         self.weights, self.state, arrays = self._apply(

@@ -6,6 +6,7 @@ of one does all of this by the same code: MLX's collectives are then the identit
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Sequence
 from functools import reduce
@@ -14,12 +15,14 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
+from xxhash import xxh3_64_intdigest
 
 from pipeline.errors import ConfigError, PeerLostError
 from trainer.optim import Arrays
 
 _BUCKET_BYTES = 32 << 20  # what one collective carries: small ones cost their latency
 _FRAME_BYTES = 4096  # of a message; a longer one takes a second round
+_HEADER = struct.Struct("<IQQ")  # length, number of the exchange, xxh3_64 of what the frame holds
 _MEASURE_EVERY = 50  # updates between two whose all-reduce is waited for, on a GPU
 _LIBRARIES = ("[ring]", "[nccl]", "[jaccl]", "[mpi]", "NCCL", "distributed")
 
@@ -51,7 +54,7 @@ class Team:
         self.number, self.size = found
         self._dtype = mx.bfloat16 if gradients == "bfloat16" else mx.float32
         self._frame_bytes = _FRAME_BYTES
-        self._reductions = 0
+        self._exchanges = self._reductions = 0
         self.all_reduce_s: float | None = None  # of the last update that was measured
         self.all_reduce_bytes = 0  # of gradients, per update and rank
 
@@ -60,23 +63,37 @@ class Team:
     def exchange(self, mine: bytes) -> list[bytes]:
         """Every rank's message, in their order. All ranks call it, or nobody comes back.
 
+        When a rank is lost MLX's ring may return whatever its memory held before, instead of an
+        error: each message says which exchange it belongs to, and what its bytes must hash to.
+
         Raises:
             PeerLostError: one of them is gone.
         """
+        self._exchanges += 1
         try:
             while True:
-                frame = np.zeros(4 + self._frame_bytes, np.uint8)
-                frame[:4] = np.frombuffer(len(mine).to_bytes(4, "little"), np.uint8)
+                frame = np.zeros(_HEADER.size + self._frame_bytes, np.uint8)
                 part = mine[: self._frame_bytes]
-                frame[4 : 4 + len(part)] = np.frombuffer(part, np.uint8)
+                header = _HEADER.pack(len(mine), self._exchanges, xxh3_64_intdigest(part))
+                whole = np.frombuffer(header + part, np.uint8)
+                frame[: len(whole)] = whole
                 rows = np.array(mx.distributed.all_gather(mx.array(frame), group=self._group))
-                rows = rows.reshape(self.size, -1)
-                lengths = [int.from_bytes(row[:4].tobytes(), "little") for row in rows]
-                if max(lengths) <= self._frame_bytes:
-                    return [row[4 : 4 + n].tobytes() for row, n in zip(rows, lengths, strict=True)]
-                self._frame_bytes = max(lengths)  # on all ranks alike
+                found = [self._opened(row) for row in rows.reshape(self.size, -1)]
+                longest = max(length for length, _ in found)
+                if longest <= self._frame_bytes:
+                    return [data for _, data in found]
+                self._frame_bytes = longest  # on all ranks alike
         except RuntimeError as error:
             raise lost(error) from error
+
+    def _opened(self, row: np.ndarray) -> tuple[int, bytes]:
+        """A message's length, and as much of it as the frame holds. Raises: PeerLostError."""
+        raw = row.tobytes()
+        length, exchange, digest = _HEADER.unpack_from(raw)
+        data = raw[_HEADER.size :][: min(length, self._frame_bytes)]
+        if exchange != self._exchanges or digest != xxh3_64_intdigest(data):
+            raise lost(RuntimeError("a message is not what its sender has sent"))
+        return length, data
 
     # ── arrays ──────────────────────────────────────────────────────────────────────────────
 
