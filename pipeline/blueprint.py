@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pipeline import blocks, catalog
 from pipeline.catalog import Shard
 from pipeline.config import Config, Stream
+from pipeline.lanes import Lanes
 from pipeline.messages import Cursor, RingLayout, TextLayout
-from pipeline.mixture import Lanes
 from pipeline.sizes import StageSizes
 from pipeline.state import Plan, ShardInfo
 from pipeline.turns import Group

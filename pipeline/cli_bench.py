@@ -67,7 +67,7 @@ class Report(msgspec.Struct, frozen=True):
 @shard_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON line.")
 @click.pass_context
-def bench(ctx: click.Context, config_path: str | None, **options: Any) -> None:
+def bench(ctx: click.Context, /, config_path: str | None, **options: Any) -> None:
     """Measure the pipeline on your shards, or on a built-in corpus, with 1 … N workers.
 
     Every point is two runs of `tokenize` whose difference counts, so that starts cancel; N workers

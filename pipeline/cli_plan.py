@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @shard_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON line.")
 @click.pass_context
-def plan(ctx: click.Context, config_path: str | None, **options: Any) -> None:
+def plan(ctx: click.Context, /, config_path: str | None, **options: Any) -> None:
     """Say what a run will need and how long it will take, and run nothing.
 
     The shards are looked up (8 MB of the first are read if they are remote), the pipeline and the

@@ -14,6 +14,7 @@ import heapq
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -369,12 +370,12 @@ class Simulation:
                         self._workers[name].inbox.append(message)
                         self._work(self._workers[name])
                 case Spawn(worker=name, role=role, delay_s=delay):
-                    self.after(delay, lambda name=name, role=role: self._born(name, role))
+                    self.after(delay, partial(self._born, name, role))
                 case Kill(worker=name):
                     worker = self._workers.pop(name, None)
                     if worker is not None:
                         worker.life += 1
-                        self._post(lambda n=name: self.scheduler.on_death(n, "plan", self.now))
+                        self._post(partial(self._died, name))
                 case Evict() | Note():
                     pass
         self.disk()
@@ -384,6 +385,9 @@ class Simulation:
     def _born(self, name: str, role: str) -> None:
         self._workers[name] = _Worker(name)
         self.tell(name, Hello(role, 0))
+
+    def _died(self, name: str) -> list[Command]:
+        return self.scheduler.on_death(name, "plan", self.now)
 
     def _work(self, worker: _Worker) -> None:
         """Begin what comes next, unless it is at work; what can be placed goes first."""

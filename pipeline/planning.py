@@ -140,7 +140,7 @@ def predict(job: Job, *, network_gbit: float, calibrate_s: float, say: Say) -> P
     say("looking the shards up")
     found = survey(job)
     found.refuse_too_small()
-    config, notes = job.config, []
+    config = job.config
     cost = _costs(config, found, calibrate_s / 2, say)
     calibration = _trainer(config, calibrate_s / 2, say) if job.kind == "train" else None
     stages = sizes.split(sizes.usable_cpus(), job.kind, config.data.stream, cost)
@@ -177,7 +177,7 @@ def predict(job: Job, *, network_gbit: float, calibrate_s: float, say: Say) -> P
         cores=_cores(cost),
         hosts=[] if training is None else _hosts(config, found, training, network_gbit),
         network_gbit=network_gbit,
-        notes=_notes(config, found, cost, calibration, notes),
+        notes=_notes(config, found, cost, calibration),
     )
 
 
@@ -438,8 +438,8 @@ def _notes(
     found: Survey,
     cost: Costs,
     measured: dict[str, Any] | None,
-    notes: list[str],
 ) -> list[str]:
+    notes: list[str] = []
     assert cost.rest is not None
     unknown = sum(one.size_bytes is None for one in found.shards)
     if unknown:
