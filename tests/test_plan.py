@@ -156,7 +156,7 @@ def test_a_forecast_makes_every_token_and_is_as_fast_as_its_slowest_part(
     every = read_s + encode_s + rates.write_s + rates.supervise_s + rates.fetch_s / 3.0
     bounds = [read_s / d, encode_s / t, every / cpus, 1e6 / 3.0 / network, rates.write_s]
     rate = said.tokens_per_s / rates.tokens_per_mb
-    assert rate <= 1 / max(bounds) * 1.001
+    assert rate <= 1.05 / max(bounds)  # supervisor and writer run at once, on whatever there is
     assert rate >= 0.5 / sum(bounds)  # stage after stage, with work that divides unevenly
     assert said.peak_disk_bytes <= plan.budget_bytes
 
