@@ -3,7 +3,8 @@
     python -m benchmarks.plan_check [--docs FOLDER] [--rounds R] [--megabytes N]
 
 Three runs over HTTP from a server on the loopback address, each with little more than the smallest
-budget: tokens into files; training that waits for its pipeline (a model of one small layer);
+budget: tokens into files; training that waits for its pipeline (a model of one small layer, shards
+from a server that sends 150 kB a second in all: no tokenizer is slower than MLX on a CPU);
 training that its pipeline waits for (the demonstration's model). Every round plans anew, on a
 cache of its own, and then runs; medians of the ratios are printed: run / plan, for the tokens a
 second without the start, and for the peak of the disk. Goals: 15 % and 5 %.
@@ -14,10 +15,16 @@ The machine should be quiet: a plan is of a machine with nothing else on it, and
 from __future__ import annotations
 
 import argparse
+import functools
+import http.server
 import os
 import shutil
 import statistics
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,8 @@ from pipeline import demo
 from pipeline.benching import command, program
 
 _GOAL_RATE, _GOAL_DISK = 0.15, 0.05
+_NAMES = ("tokenize", "pipeline-bound", "trainer-bound")
+_SLOW_BYTES_PER_S, _PIECE_BYTES = 150_000, 8192
 _TINY = {
     "dimensions": {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1},
     "attention": {"num_heads": 1},
@@ -38,11 +47,37 @@ _DEMO = {
 }
 
 
+class _Slow(demo.DemoHandler):
+    """All its connections together send so much a second."""
+
+    turn = threading.Lock()
+
+    def send_body(self, data: bytes) -> None:
+        """A piece at a time."""
+        for at in range(0, len(data), _PIECE_BYTES):
+            piece = data[at : at + _PIECE_BYTES]
+            with self.turn:
+                time.sleep(len(piece) / _SLOW_BYTES_PER_S)
+            self.wfile.write(piece)
+
+
+@contextmanager
+def slowly(folder: Path) -> Iterator[str]:
+    """Serve a folder slowly; yields its URL."""
+    handler = functools.partial(_Slow, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
 def config(name: str, folder: Path) -> tuple[str, Path]:
     """Kind and configuration file of one of the three runs."""
     model = _TINY if name == "pipeline-bound" else _DEMO
-    updates, batch = (40, 64) if name == "pipeline-bound" else (60, 16)
-    context = 1024 if name == "pipeline-bound" else 128
+    updates, batch = (1000, 64) if name == "pipeline-bound" else (60, 16)
+    context = 64 if name == "pipeline-bound" else 128
     plain: dict[str, Any] = {
         "name": name,
         "data": {
@@ -113,21 +148,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=int, default=96)
     parser.add_argument("--form", default="tar.bz2")
+    parser.add_argument("--only", nargs="+", choices=_NAMES, default=list(_NAMES))
     args = parser.parse_args()
-    names = ("tokenize", "pipeline-bound", "trainer-bound")
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in args.only}
     print(measure.machine(), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        texts = list(
-            corpus.documents(corpus.source_documents(args.docs), args.megabytes * 10**6, 1)
+        originals = corpus.source_documents(args.docs)
+        texts = list(corpus.documents(originals, args.megabytes * 10**6, 1))
+        paths = corpus.write(folder / "all", texts, 24, args.form)
+        few = corpus.write(
+            folder / "few", texts[: 24 * len(texts) // args.megabytes], 24, args.form
         )
-        paths = corpus.write(folder, texts, 24, args.form)
-        with demo.served(paths[0].parent) as (url, _):
-            pattern = f"{url}/shard-{{00000..00023}}.{args.form}"
+        with demo.served(paths[0].parent) as (url, _), slowly(few[0].parent) as slow:
             for number in range(args.rounds):
                 os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{number}")
-                for name in names:
+                for name in args.only:
+                    base = slow if name == "pipeline-bound" else url
+                    pattern = f"{base}/shard-{{00000..00023}}.{args.form}"
                     place = folder / f"{number}-{name}"
                     found[name].append(one(name, pattern, place))
                     shutil.rmtree(place)
