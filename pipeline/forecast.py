@@ -304,7 +304,7 @@ class Simulation:
             return self.peak_disk_bytes
         saves = one.updates // one.checkpoint_every + bool(one.updates % one.checkpoint_every)
         saved = min(saves - 1, one.kept) * one.saved_bytes + one.checkpoint_bytes
-        logs = _UPDATE_LOG_BYTES * (one.updates - self.consumer.updates)
+        logs = self._log_bytes(one.updates) - self._log_bytes(self.consumer.updates)
         peak = self.peak_files_bytes + saved + logs
         return min(max(peak, self.peak_disk_bytes), self.plan.budget_bytes)
 
@@ -329,11 +329,17 @@ class Simulation:
         )
         return busy_s / (len(workers) * self.now) if workers and self.now else 0.0
 
+    def _log_bytes(self, updates: int) -> int:
+        """Of logs and small files after so many updates; they have a limit of their own."""
+        state = self.scheduler.state
+        events = _EVENT_LOG_BYTES * (state.fetched_shards + state.evicted_shards)
+        size = self.other_bytes + events + _UPDATE_LOG_BYTES * updates
+        return min(size, max(self.plan.fixed_bytes, self.other_bytes))
+
     def disk(self) -> None:
         """Note the peak, counted as a run counts it (Reporter.disk)."""
         state = self.scheduler.state
-        logs = self.other_bytes + _EVENT_LOG_BYTES * (state.fetched_shards + state.evicted_shards)
-        logs += _UPDATE_LOG_BYTES * self.consumer.updates
+        logs = self._log_bytes(self.consumer.updates)
         used = self.scheduler.fetching.reserved_bytes() + logs + self.saved_bytes
         self.peak_disk_bytes = max(self.peak_disk_bytes, used + self.saving_bytes)
         self.peak_files_bytes = max(self.peak_files_bytes, used - self.saved_bytes)
