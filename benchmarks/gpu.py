@@ -40,9 +40,8 @@ LIBRARY = blas.preload()  # before mlx is imported
 import mlx.core as mx  # noqa: E402
 
 from benchmarks import corpus, gpu_parts, gpu_runs  # noqa: E402
-from pipeline import encoding, settings  # noqa: E402
+from pipeline import encoding, model_size, settings  # noqa: E402
 from pipeline.config import Config  # noqa: E402
-from trainer import model as llama  # noqa: E402
 from trainer.loop import Loop  # noqa: E402
 from trainer.process import PEAK_FLOPS  # noqa: E402
 
@@ -92,7 +91,7 @@ class Bench:
         self.config = user_config(8)
         self.vocab_size = self.config.data.tokenizer.vocab_size or 50257
         self.seq_len = self.config.data.preprocessing.max_context_size
-        self.flops = llama.flops_per_token(self.config.model, self.vocab_size, self.seq_len)
+        self.flops = model_size.flops_per_token(self.config.model, self.vocab_size, self.seq_len)
         name = str(mx.device_info(mx.default_device()).get("device_name"))
         self.device, self.peak = name, PEAK_FLOPS.get(name)
 

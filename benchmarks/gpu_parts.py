@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from pipeline import model_size
 from pipeline.config import Config
-from trainer import model as llama
 from trainer import optim
 from trainer.loop import Loop
 
@@ -66,7 +66,7 @@ def report(config: Config, vocab_size: int, peak: float | None, batch: int = 16)
     """
     T, L = config.data.preprocessing.max_context_size, config.model.dimensions.num_layers
     D, F = config.model.dimensions.hidden_size, config.model.dimensions.intermediate_size
-    heads, kv_heads, head_dim = llama.shape_of(config.model)
+    heads, kv_heads, head_dim = model_size.shape_of(config.model)
     tokens, half = batch * T, mx.bfloat16
 
     def draw(*shape: int, scale: float = 1.0) -> mx.array:
@@ -130,7 +130,7 @@ def report(config: Config, vocab_size: int, peak: float | None, batch: int = 16)
         print(f"| {name} | {times} | {1e3 * times * took:.2f} | {share:.1f} % | {said} |")
     print(f"| gaps and the rest | | {1e3 * (whole - explained):.2f} | "
           f"{100 * (1 - explained / whole):.1f} % | |")  # fmt: skip
-    rate = llama.flops_per_token(config.model, vocab_size, T) * tokens / whole
+    rate = model_size.flops_per_token(config.model, vocab_size, T) * tokens / whole
     used = f", {100 * rate / peak:.1f} % of peak" if peak else ""
     print(f"| whole micro-step | | {1e3 * whole:.2f} | 100 % | {rate / 1e12:.0f}{used} |")
     result.append({"part": "whole micro-step", "times": 1, "s": whole, "tflops": rate / 1e12})

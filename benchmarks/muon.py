@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--results", type=Path, default=Path("muon.jsonl"), help="goes on from it")
-    parser.add_argument("--plot", type=Path, help="PNG or SVG; needs matplotlib, extra bench")
+    parser.add_argument("--plot", type=Path, help="PNG or SVG; needs matplotlib, extra plot")
     parser.add_argument("--budget-s", type=float, default=900.0, help="the most one run may take")
     for field, default in (("hidden", 96), ("layers", 4), ("context", 128), ("vocab", 1024)):
         parser.add_argument(f"--{field}", type=int, default=default)

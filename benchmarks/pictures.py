@@ -2,7 +2,7 @@
 
     python -m benchmarks.pictures [NAME...]     draws again what the benchmarks have measured
 
-Needs matplotlib (the extra `bench`); without it a benchmark prints its table and says so.
+Needs matplotlib (the extra `plot`); without it a benchmark prints its table and says so.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def draw(name: str, result: Any) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        print("no picture: install the extra `bench`, then python -m benchmarks.pictures")
+        print("no picture: install the extra `plot`, then python -m benchmarks.pictures")
         return
     _DRAW[name](result)
 

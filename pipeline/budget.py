@@ -10,6 +10,7 @@ ahead share what is left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from pipeline.errors import BudgetError
@@ -42,6 +43,14 @@ def charge(
     """
     beyond = sum(max(0, have - floor) for have in current_bytes)
     return fixed_bytes + floor * lanes + beyond + sum(ahead_bytes)
+
+
+def as_gb(size_bytes: int) -> float:
+    """The smallest --max-disk, in GB, that is a budget of so many bytes."""
+    gigabytes = size_bytes / 1e9
+    while int(gigabytes * 1e9) < size_bytes:
+        gigabytes = math.nextafter(gigabytes, math.inf)
+    return gigabytes
 
 
 def refuse_too_small(

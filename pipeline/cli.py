@@ -13,7 +13,9 @@ import click
 import msgspec
 
 from pipeline import (
+    cli_bench,
     cli_doctor,
+    cli_plan,
     cli_runs,
     cli_shards,
     cli_shell,
@@ -46,6 +48,8 @@ def cli() -> None:
     \b
     fineweb-pipeline start                 a demonstration that needs nothing
     fineweb-pipeline doctor PATTERN        what this machine lacks for that
+    fineweb-pipeline plan --shards PATTERN    what a run will need and how long it will take
+    fineweb-pipeline bench                 how this machine scales, and the best settings
     fineweb-pipeline start --shards PATTERN --config model-config-80m-fineweb
     fineweb-pipeline tokenize --shards PATTERN --out DIR
     fineweb-pipeline status RUN --watch
@@ -60,6 +64,8 @@ def cli() -> None:
 cli.add_command(cli_stream.start)
 cli.add_command(cli_stream.tokenize)
 cli.add_command(cli_status.status)
+cli.add_command(cli_plan.plan)
+cli.add_command(cli_bench.bench)
 cli.add_command(cli_doctor.doctor)
 cli.add_command(cli_shell.completion)
 cli.add_command(cli_runs.generate)

@@ -100,6 +100,11 @@ def flag(option: click.Option) -> str:
 
 def stream_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of every command that streams shards."""
+    return shard_options(_run_options(command))
+
+
+def shard_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Those that say which shards, and how they are streamed: for what runs, and what foretells."""
     options = [
         click.option("--shards", multiple=True, metavar="PATTERN",
                      help="Shards: URLs (http, https, hf, s3, gs, az) or paths, with {000..123} "
@@ -152,6 +157,13 @@ def stream_options(command: Callable[..., None]) -> Callable[..., None]:
                      help="Where shards are kept.  [default: cache/ in the run's folder]"),
         click.option("--seed", type=int, metavar="N",
                      help="Decides the order of shards and the first weights."),
+    ]  # fmt: skip
+    return _with(command, options)
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Those that say how a run is begun and shown."""
+    options = [
         click.option("--http", type=click.IntRange(0, 65535), metavar="PORT",
                      help="Serve a live page and Prometheus metrics on this port (0: a free one), "
                      "to this machine only."),
@@ -173,6 +185,10 @@ def stream_options(command: Callable[..., None]) -> Callable[..., None]:
                      "or JSON lines."),
         click.option("--plain", is_flag=True, help="The same as --progress plain."),
     ]  # fmt: skip
+    return _with(command, options)
+
+
+def _with(command: Callable[..., None], options: list[Callable[..., Any]]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
     return command

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.supervisor import Job, Outcome
 
 EXIT_CODES = exit_codes()
-_TOKENIZE_DEFAULTS = {
+TOKENIZE_DEFAULTS = {
     "data.stream.lanes": 1,
     "data.stream.shuffle": False,
     "data.stream.epochs": 1,
@@ -77,7 +77,7 @@ def start(ctx: click.Context, /, config_path: str | None, **options: Any) -> Non
 
         demo_run.run(config, given, dry=options["dry_run"])
         return
-    job = _job("train", config, run_dir, options["fresh"])
+    job = job_of("train", config, run_dir, options["fresh"])
     if options["dry_run"]:
         _dry_run(job, options["as_json"])
         return
@@ -132,11 +132,11 @@ def tokenize(ctx: click.Context, /, out: str, config_path: str | None, **options
       fineweb-pipeline tokenize --shards @shards.txt --out /nfs/tokens --ray auto
     """
     given = cli_options.given(ctx)
-    resolved = given.resolve(config_path, {"name": Path(out).name, **_TOKENIZE_DEFAULTS})
+    resolved = given.resolve(config_path, {"name": Path(out).name, **TOKENIZE_DEFAULTS})
     if options["print_config"]:
         cli_options.print_config(resolved, "tokenize", given.own)
         return
-    job = _job("tokenize", resolved.config, Path(out), options["fresh"])
+    job = job_of("tokenize", resolved.config, Path(out), options["fresh"])
     limits = {name: options[name] for name in ("limit_tokens", "file_tokens")}
     job = msgspec.structs.replace(job, **limits)
     if options["ray"] is not None:
@@ -156,7 +156,8 @@ def tokenize(ctx: click.Context, /, out: str, config_path: str | None, **options
 # ── helpers ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _job(kind: Any, config: Config, run_dir: Path, fresh: bool) -> Job:
+def job_of(kind: Any, config: Config, run_dir: Path, fresh: bool) -> Job:
+    """The job of a configuration. Raises: ConfigError, where no shards are named."""
     from pipeline.supervisor import Job
 
     stream = config.data.stream

@@ -6,30 +6,40 @@ user's cache folder. The stages' sizes follow from it (pipeline/sizes.py).
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
-import io
-import lzma
 import platform
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 import msgspec
 import numpy as np
-import pyarrow as pa
-import zstandard
 
-from pipeline import user_cache
+from pipeline import sample_shards, user_cache
 from pipeline.blocks import Texts
 from pipeline.codecs import open_documents
+from pipeline.config import Config, Stream
 from pipeline.encoding import Encoder
+from pipeline.sample_shards import FIELD, form_of
 
-_FIELD = "text"
+__all__ = ["Costs", "Rest", "form_of", "keep", "kind_of", "known", "measure", "of"]
+
 _FILE = "costs.json"
+
+
+class Rest(msgspec.Struct, frozen=True):
+    """What whole runs have shown besides (pipeline/benching.py)."""
+
+    fetch_s: float  # CPU seconds a megabyte of shards, not of text
+    write_s: float
+    supervise_s: float
+    tokens_per_mb: float
+    text_per_shard_byte: float  # bytes of text a byte of shard
+    start_s: float  # from the command to the first work
+    process_bytes: int  # memory of a process, without what is shared
+    measured_on: str  # the user's shards, or the built-in corpus
 
 
 class Costs(msgspec.Struct, frozen=True):
@@ -37,6 +47,14 @@ class Costs(msgspec.Struct, frozen=True):
 
     read_s: float  # decompress and parse
     encode_s: float
+    rest: Rest | None = None  # None: reading and encoding were timed by themselves
+
+
+def kind_of(config: Config, vocab_size: int) -> str:
+    """What an encoding's costs are kept under: small blocks cost more a megabyte."""
+    name, block_bytes = config.data.tokenizer.name, config.data.stream.block_bytes
+    other = "" if block_bytes == Stream().block_bytes else f"-{block_bytes}"
+    return f"{name}-{vocab_size}{other}"
 
 
 def of(name: str, load: Callable[[], Encoder], encoding: str) -> Costs:
@@ -45,18 +63,38 @@ def of(name: str, load: Callable[[], Encoder], encoding: str) -> Costs:
     Args:
         name: A shard's name: its endings tell the format.
         load: Makes the run's encoder, if something has to be measured.
-        encoding: How that is called.
+        encoding: See kind_of.
     """
-    form = form_of(name)
-    key = f"{form} {encoding} {_machine()}"
-    path = user_cache.folder() / _FILE
-    known: dict[str, Costs] = {}
+    kept, key = _kept(), _key(name, encoding)
+    if key not in kept:
+        kept[key] = measure(form_of(name), load())
+        user_cache.keep(_path(), msgspec.json.encode(kept))
+    return kept[key]
+
+
+def known(name: str, encoding: str) -> Costs | None:
+    """What is kept of shards like this one."""
+    return _kept().get(_key(name, encoding))
+
+
+def keep(name: str, encoding: str, costs: Costs) -> None:
+    """Keep what was measured otherwise: `--workers auto` chooses by it from now on."""
+    kept = _kept() | {_key(name, encoding): costs}
+    user_cache.keep(_path(), msgspec.json.encode(kept))
+
+
+def _path() -> Path:
+    return user_cache.folder() / _FILE
+
+
+def _kept() -> dict[str, Costs]:
     with contextlib.suppress(OSError, msgspec.MsgspecError):  # none yet, or another version's
-        known = msgspec.json.decode(path.read_bytes(), type=dict[str, Costs])
-    if key not in known:
-        known[key] = measure(form, load())
-        user_cache.keep(path, msgspec.json.encode(known))
-    return known[key]
+        return msgspec.json.decode(_path().read_bytes(), type=dict[str, Costs])
+    return {}
+
+
+def _key(name: str, encoding: str) -> str:
+    return f"{form_of(name)} {encoding} {_machine()}"
 
 
 def measure(form: str, encoder: Encoder) -> Costs:
@@ -66,7 +104,7 @@ def measure(form: str, encoder: Encoder) -> Costs:
     is for a worker to suffer, not for the supervisor.
     """
     with tempfile.NamedTemporaryFile(suffix=f".{form}") as file:
-        file.write(_write(form))
+        file.write(sample_shards.shard(form, sample_shards.short_texts()))
         file.flush()
         text, offsets = _read(file.name)
         read_s = _cpu_s(lambda: _read(file.name))
@@ -83,19 +121,6 @@ def _cpu_s(work: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
-def form_of(name: str) -> str:
-    """A shard's format as its name tells it: tar.bz2, jsonl.zst, parquet …"""
-    last = name.lower().rsplit("/", 1)[-1]
-    for short, long in (("tgz", "tar.gz"), ("tbz2", "tar.bz2"), ("tbz", "tar.bz2"),
-                        ("txz", "tar.xz"), ("tzst", "tar.zst")):  # fmt: skip
-        last = last.removesuffix(short) + long if last.endswith(f".{short}") else last
-    parts = last.split(".")
-    container = next((part for part in parts if part in _CONTAINERS), "jsonl")
-    whole = container in ("parquet", "arrow")
-    compression = parts[-1] if parts[-1] in _COMPRESSIONS and not whole else ""
-    return f"{container}.{compression}".rstrip(".")
-
-
 def _machine() -> str:
     version = metadata.version("fineweb-pipeline")
     return f"{platform.processor() or platform.machine()} {platform.python_version()} {version}"
@@ -104,75 +129,9 @@ def _machine() -> str:
 def _read(path: str) -> Texts:
     """The documents of a shard, in one buffer."""
     found: list[bytes] = []
-    for document in open_documents(path, path, _FIELD):
+    for document in open_documents(path, path, FIELD):
         if isinstance(document, Texts):
             found += document.one_by_one()
         elif isinstance(document, bytes):
             found.append(document)
     return Texts(np.frombuffer(b"".join(found), np.uint8), np.cumsum([0, *map(len, found)]))
-
-
-# ── the sample ──────────────────────────────────────────────────────────────────────────────
-
-
-def _write(form: str) -> bytes:
-    """Text of this Python's own library as a shard of the format."""
-    from pydoc_data.topics import topics
-
-    texts = [text for _, text in sorted(topics.items())]
-    container, _, compression = form.partition(".")
-    return _COMPRESSIONS[compression](_CONTAINERS[container](texts))
-
-
-def _jsonl(texts: list[str]) -> bytes:
-    return b"".join(msgspec.json.encode({_FIELD: text}) + b"\n" for text in texts)
-
-
-def _tar(texts: list[str]) -> bytes:
-    raw = io.BytesIO()
-    with tarfile.open(fileobj=raw, mode="w") as archive:
-        for number, text in enumerate(texts):
-            data = msgspec.json.encode({_FIELD: text})
-            member = tarfile.TarInfo(f"{number:06d}.json")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return raw.getvalue()
-
-
-def _parquet(texts: list[str]) -> bytes:
-    import pyarrow.parquet as pq
-
-    out = io.BytesIO()
-    pq.write_table(pa.table({_FIELD: texts}), out)
-    return out.getvalue()
-
-
-def _arrow(texts: list[str]) -> bytes:
-    out, table = io.BytesIO(), pa.table({_FIELD: texts})
-    with pa.ipc.new_file(out, table.schema) as writer:
-        writer.write_table(table)
-    return out.getvalue()
-
-
-def _lz4(data: bytes) -> bytes:
-    out = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(out, "lz4") as stream:
-        stream.write(data)
-    return bytes(out.getvalue())
-
-
-_CONTAINERS: dict[str, Callable[[list[str]], bytes]] = {
-    "tar": _tar,
-    "jsonl": _jsonl,
-    "txt": lambda texts: b"\n<|endoftext|>\n".join(text.encode() for text in texts),
-    "parquet": _parquet,
-    "arrow": _arrow,
-}
-_COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    "bz2": bz2.compress,
-    "gz": gzip.compress,
-    "zst": zstandard.compress,
-    "xz": lambda data: lzma.compress(data, preset=1),
-    "lz4": _lz4,
-}

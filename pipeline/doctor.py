@@ -275,23 +275,32 @@ def _source(pattern: str) -> Iterator[Finding]:
 
 def _speed(url: str, name: str, stat: Stat, options: dict[str, Any]) -> Finding:
     """Read the beginning of a shard. Raises: FinewebError."""
-    begin = time.monotonic()
-    first_byte_s, size = None, 0
     try:
-        for piece in open_source(url, options).read(0, stat).data:
-            now = time.monotonic()
-            first_byte_s = now - begin if first_byte_s is None else first_byte_s
-            size += len(piece)
-            if size >= _SPEED_BYTES or now - begin > _SPEED_S:
-                break
+        first_byte_s, rate = read_rate(url, stat, options)
     except (TransientError, ChangedError) as error:
         remedy = getattr(error, "remedy", "look again")
         return Finding("network", "error", str(error), remedy)
     if first_byte_s is None:
         return Finding("network", "error", f"{name} is empty", "check the pattern")
-    rate = size / max(1e-6, time.monotonic() - begin)
     what = f"first byte after {1e3 * first_byte_s:.0f} ms, then {human(rate, 'B/s')}"
     if first_byte_s > _SLOW_FIRST_BYTE_S:
         remedy = "more --fetchers and a larger --prefetch hide it"
         return Finding("network", "warning", what, remedy)
     return Finding("network", "ok", what)
+
+
+def read_rate(url: str, stat: Stat, options: dict[str, Any]) -> tuple[float | None, float]:
+    """Read the beginning of a shard: seconds to its first byte (None: it is empty), bytes/s.
+
+    Raises:
+        TransientError, ChangedError, FinewebError: see Source.read.
+    """
+    begin = time.monotonic()
+    first_byte_s, size = None, 0
+    for piece in open_source(url, options).read(0, stat).data:
+        now = time.monotonic()
+        first_byte_s = now - begin if first_byte_s is None else first_byte_s
+        size += len(piece)
+        if size >= _SPEED_BYTES or now - begin > _SPEED_S:
+            break
+    return first_byte_s, size / max(1e-6, time.monotonic() - begin)

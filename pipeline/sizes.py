@@ -65,6 +65,7 @@ def split(cpus: int, kind: str, stream: Stream, costs: Costs) -> StageSizes:
     left = max(1, cpus - 1) if kind == "train" else cpus
     read, encode = costs.read_s, costs.encode_s
     said = f"1 MB of text costs {1e3 * read:.1f} ms to read and {1e3 * encode:.1f} ms to encode"
+    said += f", by whole runs on {costs.rest.measured_on}" if costs.rest else ""
     if stream.workers == "auto":
         tokenizers = _up(left * encode / (read + encode))
         decompressors = _up(left * read / (read + encode))

@@ -20,7 +20,7 @@ import msgspec
 import yaml
 
 from pipeline import (
-    blocks,
+    blueprint,
     budget,
     cache,
     catalog,
@@ -70,16 +70,14 @@ from pipeline.messages import (
 from pipeline.ranks import Rank, Share
 from pipeline.report import Reporter
 from pipeline.serving import Serving
-from pipeline.state import Plan, ShardInfo
+from pipeline.state import Plan
 from pipeline.status import View
 from pipeline.workers import writer
 from shm import ring, segment, text
 
 _SMALL_FILES_BYTES = 1 << 18  # lock, status and configuration: beside the logs
-_NO_LIMIT = 1 << 62
 _SAY_S = 5.0  # between lines on a listing that takes long
 _MAX_CONSUMER_DEATHS = 3  # without a new checkpoint in between
-_BLOCKS_PER_TOKENIZER = 4
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -223,10 +221,9 @@ class _Run:
         log_bytes = int(self.config.logging.max_log_mb * 1e6)
         self.log = RunLog(self.run_dir, log_bytes)
         self.fixed_bytes = fixed_bytes(job)
-        # 0: no shard comes onto the disk; logs and checkpoints have limits of their own
         self.zero_disk = self.stream.max_disk_gb == 0
         own_bytes = int(self.stream.max_disk_gb * 1e9) // here
-        self.budget_bytes = _NO_LIMIT if self.zero_disk else own_bytes
+        self.budget_bytes = blueprint.NO_LIMIT if self.zero_disk else own_bytes
         self.source_options = self.stream.source_options()
         tokenizer = self.config.data.tokenizer
         vocabulary = encoding.vocabulary(tokenizer.name, tokenizer.vocab_size)  # its errors first
@@ -253,7 +250,7 @@ class _Run:
         cost = costs.of(
             self.shards[0].name,
             lambda: encoding.load(tokenizer.name, tokenizer.vocab_size),
-            f"{tokenizer.name}-{vocabulary.size}",
+            costs.kind_of(self.config, vocabulary.size),
         )
         cpus = job.cpus or max(1, sizes.usable_cpus() // here)
         self.sizes = sizes.split(cpus, job.kind, self.stream, cost)
@@ -392,18 +389,9 @@ class _Run:
 
     def _generation(self, whole: Cursor, checkpoint: str | None, size: int) -> ConsumerDone:
         cursor, lanes = self.share.cursor(whole), len(self.share.lanes)
-        stream, seq_len = self.stream, self.config.data.preprocessing.max_context_size
-        ring_layout = RingLayout(
-            lanes=lanes,
-            slots=stream.ring_slots,
-            slot_tokens=stream.slot_windows * seq_len,
-            token_bytes=self.token_bytes,
-        )
-        text_layout = TextLayout(
-            slots=lanes + _BLOCKS_PER_TOKENIZER * self.sizes.tokenizers,
-            text_bytes=stream.block_bytes,
-            documents=blocks.most_documents(stream.block_bytes),
-        )
+        stream = self.stream
+        ring_layout = blueprint.ring_layout(self.config, lanes, self.token_bytes)
+        text_layout = blueprint.text_layout(stream, lanes, self.sizes.tokenizers)
         positions = tuple(lane.position for lane in whole.lanes)
         kept = checkpoints.most(self.config)
         self.reporter.checkpoints(self.run_dir)
@@ -443,42 +431,18 @@ class _Run:
         return max(size * (kept + 1), checkpoints.size_bytes(self.run_dir)) or None
 
     def _plan(self, cursor: Cursor, ring_layout: RingLayout, text_slots: int) -> Plan:
-        stream = self.stream
-        return Plan(
-            shards=tuple(
-                ShardInfo(
-                    shard.name,
-                    shard.url,
-                    shard.key,
-                    shard.version,
-                    shard.size_bytes,
-                    catalog.local_path(shard.url) or (shard.name if streamed else None),
-                    shard.sha256,
-                    streamed,
-                )
-                for shard in self.shards
-                for streamed in [self.zero_disk and catalog.local_path(shard.url) is None]
-            ),
-            lanes=self.share.plan(
-                mixture.plan(self.config, self.shards, self.set_sizes, self.groups)
-            ),
-            groups=self.groups,
+        return blueprint.plan(
+            self.config,
+            self.shards,
+            self.share.plan(mixture.plan(self.config, self.shards, self.set_sizes, self.groups)),
+            self.groups,
+            self.sizes,
+            ring_layout,
             owned=tuple(self.share.lanes),
-            ring=ring_layout,
-            seq_len=self.config.data.preprocessing.max_context_size,
+            budget_bytes=self.budget_bytes,
             text_slots=text_slots,
             cache_dir=str(self.cache_dir),
-            budget_bytes=self.budget_bytes,
             fixed_bytes=self.fixed_bytes,
-            workers={
-                "fetcher": self.sizes.fetchers,
-                "decompressor": self.sizes.decompressors,
-                "tokenizer": self.sizes.tokenizers,
-            },
-            prefetch=stream.prefetch,
-            max_bad_records=stream.max_bad_records,
-            max_bad_shards=stream.max_bad_shards,
-            hang_s=stream.hang_s,
             cursor=cursor,
         )
 
@@ -609,9 +573,11 @@ class _Run:
             "bad_records": totals.bad_records,
             "filtered": totals.filtered,
             "text_bytes": totals.text_bytes,
+            "stream_tokens": sum(lane.position for lane in state.lanes),  # of that text
             "fetched_shards": state.fetched_shards,
             "evicted_shards": state.evicted_shards,
             "restarts": self.reporter.restarts,
+            "processes": 2 + len(state.workers),
             "wall_s": round(time.monotonic() - self.started, 3),
             "cpu_s": round(sum(one.ru_utime + one.ru_stime for one in usage), 3),
             "cpu_s_by_stage": {"supervisor": round(own, 3), **self.reporter.cpu_s_by_role()},

@@ -63,12 +63,13 @@ class Turns:
         T = self._T
         open_lanes = [
             lane
-            for lane in self._next_group(positions).members
+            for lane in self.next_group(positions).members
             if (end := ends[lane]) is None or positions[lane] + T + 1 <= end
         ]
         return min(open_lanes, key=lambda lane: (positions[lane], lane), default=None)
 
-    def _next_group(self, positions: Sequence[int]) -> Group:
+    def next_group(self, positions: Sequence[int]) -> Group:
+        """The data set that the next window comes from."""
         if len(self.groups) == 1:
             return self.groups[0]
         behind, least = self.groups[0], self.windows(self.groups[0], positions)

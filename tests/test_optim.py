@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline import settings
+from pipeline import model_size, settings
 from pipeline.config import Config, Hyperparameters, Optimization
 from trainer import blas
 
@@ -154,13 +154,15 @@ def test_an_update_that_is_not_finite_changes_nothing_and_eight_end_the_run() ->
 )
 def test_parameters_are_counted_right(name: str, vocab_size: int, total: int | None) -> None:
     config = settings.load(name, {}).model
-    counted = llama.num_parameters(config, vocab_size)
+    counted = model_size.num_parameters(config, vocab_size)
     assert total is None or counted == total
     if name == "demo":
         model = Llama(config, vocab_size)
         assert counted == sum(a.size for _, a in tree_flatten(model.parameters()))
     if vocab_size == 32_000 and name.endswith("fineweb"):
-        assert llama.flops_per_token(config, vocab_size, 2048) == pytest.approx(1.348e9, rel=1e-3)
+        assert model_size.flops_per_token(config, vocab_size, 2048) == pytest.approx(
+            1.348e9, rel=1e-3
+        )
 
 
 def test_untied_biased_models_are_counted_too() -> None:
@@ -172,7 +174,7 @@ def test_untied_biased_models_are_counted_too() -> None:
     config = settings.load("demo", changes).model
     model = Llama(config, 500)
     counted = sum(a.size for _, a in tree_flatten(model.parameters()))
-    assert llama.num_parameters(config, 500) == counted
+    assert model_size.num_parameters(config, 500) == counted
 
 
 def test_the_cache_gives_the_same_logits_as_the_whole_text() -> None:

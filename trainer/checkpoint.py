@@ -28,17 +28,17 @@ from pipeline.config import Logging, to_plain
 from pipeline.errors import ShardError
 from pipeline.faults import faultpoint
 from pipeline.messages import Cursor
+from pipeline.model_size import HEADERS_BYTES
 from trainer.loop import Loop
 from trainer.optim import Arrays
 
-_HEADERS_BYTES = 1 << 18  # safetensors headers, state.json with the cursor and its skips
 _PARTS = ("weights", "optimizer")
 
 
 def largest_bytes(loop: Loop) -> int:
     """What one checkpoint can take on disk at most."""
     arrays = [*loop.weights.values(), *_flat(loop).values()]
-    return sum(array.nbytes for array in arrays) + _HEADERS_BYTES
+    return sum(array.nbytes for array in arrays) + HEADERS_BYTES
 
 
 def _flat(loop: Loop) -> Arrays:

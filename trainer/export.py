@@ -18,8 +18,8 @@ import numpy as np
 
 from pipeline import encoding
 from pipeline.errors import ConfigError
+from pipeline.model_size import shape_of
 from trainer import hf_tokenizer
-from trainer.model import shape_of
 from trainer.optim import Arrays
 from trainer.saved import Saved
 

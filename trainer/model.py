@@ -12,50 +12,11 @@ from mlx import nn
 from mlx.utils import tree_map_with_path
 
 from pipeline.config import Model
+from pipeline.model_size import shape_of
 from trainer import chunked_loss
 
 Cache = list[tuple[mx.array, mx.array] | None]
 _INIT_STD = 0.02
-
-
-def shape_of(config: Model) -> tuple[int, int, int]:
-    """Heads, key-value heads and head dimension, defaults filled in."""
-    heads = config.attention.num_heads
-    kv_heads = config.attention.num_kv_heads or heads
-    return heads, kv_heads, config.attention.head_dim or config.dimensions.hidden_size // heads
-
-
-def matmul_parameters(config: Model, vocab_size: int) -> int:
-    """Weights that every token is multiplied with: all but the norms and an untied embedding."""
-    heads, kv_heads, head_dim = shape_of(config)
-    dims = config.dimensions
-    attention = 2 * dims.hidden_size * head_dim * (heads + kv_heads)
-    mlp = 3 * dims.hidden_size * dims.intermediate_size
-    return dims.num_layers * (attention + mlp) + vocab_size * dims.hidden_size
-
-
-def num_parameters(config: Model, vocab_size: int) -> int:
-    """All weights: the true size of the model."""
-    heads, kv_heads, head_dim = shape_of(config)
-    dims, misc = config.dimensions, config.misc
-    total = matmul_parameters(config, vocab_size) + dims.hidden_size * (2 * dims.num_layers + 1)
-    if not misc.tie_word_embeddings:
-        total += vocab_size * dims.hidden_size
-    if misc.attention_bias:
-        total += dims.num_layers * (head_dim * (heads + 2 * kv_heads) + dims.hidden_size)
-    if misc.mlp_bias:
-        total += dims.num_layers * (2 * dims.intermediate_size + dims.hidden_size)
-    return total
-
-
-def flops_per_token(config: Model, vocab_size: int, seq_len: int) -> int:
-    """Training FLOPs per token by PaLM's count: 6 per weight, 12·L·H·d·T for attention.
-
-    Source: PaLM, appendix B.
-    """
-    heads, _, head_dim = shape_of(config)
-    attention = 12 * config.dimensions.num_layers * heads * head_dim * seq_len
-    return 6 * matmul_parameters(config, vocab_size) + attention
 
 
 class Attention(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
-from pipeline import checkpoints, encoding, ranks
+from pipeline import checkpoints, encoding, model_size, ranks
 from pipeline.channel import Channel
 from pipeline.child import Descriptors
 from pipeline.config import Config, from_plain
@@ -168,14 +168,10 @@ class _Training:
         return Validation(Path(setup.validation), tokenizer, self.encoder, T, batch, eot)
 
     def _flops_per_token(self, T: int) -> int:
-        from trainer import model
-
-        return model.flops_per_token(self.config.model, self.loop.vocab_size, T)
+        return model_size.flops_per_token(self.config.model, self.loop.vocab_size, T)
 
     def _facts(self, library: str, half: bool) -> dict[str, Any]:
-        from trainer import model
-
-        count = model.num_parameters(self.config.model, self.loop.vocab_size)
+        count = model_size.num_parameters(self.config.model, self.loop.vocab_size)
         facts = {
             "device": self._device_name(),
             "dtype": "bfloat16" if half else "float32",

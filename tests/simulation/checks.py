@@ -192,8 +192,8 @@ def complete(gen: Generation) -> None:
     one whose turn it is."""
     consumer: Consumer = gen.children[CONSUMER]  # type: ignore[assignment]
     want = [0] * 5
-    due = consumer.due()
-    for lane, position in enumerate(consumer.positions):
+    due = consumer.due(consumer.reading.positions)
+    for lane, position in enumerate(consumer.reading.positions):
         mark = gen.sim.streams[lane].end()
         left = mark[0] - position
         if lane in due and (left if gen.sim.world.writer else left > gen.sim.world.seq_len):

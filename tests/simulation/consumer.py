@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from pipeline.messages import (
     SlotReleased,
     Stop,
 )
+from pipeline.reading import NOT_YET, Reading
 from tests.simulation.matter import Violation
 from tests.simulation.processes import Died, Process
 
@@ -30,24 +31,19 @@ if TYPE_CHECKING:
 
 
 class Consumer(Process):
-    """Trainer or writer.
-
-    A trainer reads windows of T + 1 tokens, of the data set that is furthest behind its weight
-    and there of the lane that is furthest behind; a writer reads T tokens of each lane in turn up
-    to the lane's end.
-    """
+    """Trainer or writer. What it reads next is pipeline/reading.py's to say, but for whose turn it
+    is: the data set that is furthest behind its weight."""
 
     role = "consumer"
 
     def __init__(self, sim: Simulation, positions: list[int], slowness: int) -> None:
         super().__init__(sim, "consumer", slowness)
         world = sim.world
-        self.T, self.C = world.seq_len, sim.ring.C
         self.writer = world.writer
-        self.positions = list(positions)
+        self.reading = Reading(
+            positions, world.seq_len, sim.ring.C, writer=world.writer, due=self.due
+        )
         self.committed = list(positions)  # consumed by whole updates
-        self.valid = list(positions)
-        self.ends: list[int | None] = [None] * len(positions)
         self.reads = 0
         self.stop = False
         self.saving = ""  # cursor, bytes, write: what it waits for or does
@@ -69,33 +65,14 @@ class Consumer(Process):
             return False
         if self.saving:
             return self.saving == "write"
-        return self.stop or self._next_lane() != -1
+        return self.stop or self.reading.next_lane() != NOT_YET
 
-    def _next_lane(self) -> int | None:
-        """The lane to read from now; None at the end, -1 if its tokens are not there yet."""
-        lane = self._wanted()
-        if lane is None:
-            return None
-        need = 1 if self.writer else self.T + 1
-        return lane if self.positions[lane] + need <= self.valid[lane] else -1
-
-    def _wanted(self) -> int | None:
-        """The lane that the reader needs next, whether its tokens are there or not."""
-        need = 1 if self.writer else self.T + 1
-        best = None
-        for lane in self.due():
-            position, end = self.positions[lane], self.ends[lane]
-            turn = position // self.T
-            if (end is None or position + need <= end) and (best is None or turn < best[0]):
-                best = turn, lane
-        return None if best is None else best[1]
-
-    def due(self) -> range:
+    def due(self, positions: Sequence[int]) -> range:
         """The lanes of the data set whose turn it is."""
         lanes, first = [], 0
         for one in self.sim.world.sets:
             members = range(first, first + one.lanes)
-            windows = sum(self.positions[lane] // self.T for lane in members)
+            windows = sum(positions[lane] // self.sim.world.seq_len for lane in members)
             lanes.append((Fraction(2 * windows + 1, 2 * one.weight), first, members))
             first += one.lanes
         return min(lanes)[2]
@@ -107,52 +84,40 @@ class Consumer(Process):
         Args:
             unsent: What the scheduler has said and the shell has not sent.
         """
-        keep = self.positions, self.valid, self.ends
-        self.positions, self.valid, self.ends = [*keep[0]], [*keep[1]], [*keep[2]]
-        try:
-            for message in (*self.inbox, *unsent):
-                if isinstance(message, SlotPublished | LaneEnded):
-                    self.take(message)
-            freed = {message.lane for message in self.outbox if isinstance(message, SlotReleased)}
-            while (lane := self._next_lane()) is not None and lane != -1:
-                begin = self.positions[lane]
-                self.positions[lane] = self._end_of_read(lane, begin)
-                if self.positions[lane] // self.C > begin // self.C:
-                    freed.add(lane)
-            return all(self.ends[lane] is not None for lane in freed)
-        finally:
-            self.positions, self.valid, self.ends = keep
-
-    def _end_of_read(self, lane: int, begin: int) -> int:
-        if not self.writer:
-            return begin + self.T
-        turn_end, slot_end = (begin // self.T + 1) * self.T, (begin // self.C + 1) * self.C
-        return min(turn_end, slot_end, self.valid[lane])
+        ahead = self.reading.copy()
+        for message in (*self.inbox, *unsent):
+            if isinstance(message, SlotPublished | LaneEnded):
+                ahead.take(message)
+        freed = {message.lane for message in self.outbox if isinstance(message, SlotReleased)}
+        while (lane := ahead.next_lane()) is not None and lane != NOT_YET:
+            read = ahead.read(lane)
+            if read.end // ahead.C > read.begin // ahead.C:
+                freed.add(lane)
+        return all(ahead.ends[lane] is not None for lane in freed)
 
     def work(self) -> None:
         if self.saving == "write":
             self._write()
             return
-        lane = None if self.stop else self._next_lane()
+        lane = None if self.stop else self.reading.next_lane()
         enough = self.sim.world.stop_after
         if lane is None or (enough is not None and self.sim.updates >= enough):
             self.complete = not self.stop
             self.then_done = True
             if self.complete:
-                self.committed = list(self.positions)
+                self.committed = list(self.reading.positions)
             self._save()
             return
         self._read(lane)
 
     def _read(self, lane: int) -> None:
-        begin = self.positions[lane]
-        end = self.positions[lane] = self._end_of_read(lane, begin)
+        _, begin, end, frees = self.reading.read(lane)
         self._check(lane, begin, end if self.writer else end + 1)
-        if end // self.C > begin // self.C or (self.writer and end == self.ends[lane]):
-            self._release(lane, begin // self.C)
+        if frees is not None:
+            self._release(frees)
         self.reads += 1
         if self.reads % self.sim.world.update_windows == 0:
-            self.committed = list(self.positions)
+            self.committed = list(self.reading.positions)
             self.sim.updates += 1
             if self.sim.updates % self.sim.world.checkpoint_every == 0:
                 self._save()
@@ -164,11 +129,11 @@ class Consumer(Process):
         if got != want:
             raise Violation(f"lane {lane}, {begin} to {end}: read {got}, the stream is {want}")
 
-    def _release(self, lane: int, slot: int) -> None:
-        if self.sim.ring.released[lane] != slot:
-            raise Violation(f"lane {lane}: slot {slot} is released out of turn")
-        self.sim.ring.released[lane] += 1
-        self.send(SlotReleased(lane, slot))
+    def _release(self, message: SlotReleased) -> None:
+        if self.sim.ring.released[message.lane] != message.slot:
+            raise Violation(f"lane {message.lane}: slot {message.slot} is released out of turn")
+        self.sim.ring.released[message.lane] += 1
+        self.send(message)
 
     # ── checkpoints ─────────────────────────────────────────────────────────────────────────
 
@@ -204,10 +169,8 @@ class Consumer(Process):
 
     def take(self, message: Message) -> None:
         match message:
-            case SlotPublished(lane=lane, slot=slot, end=end):
-                self.valid[lane] = min(end, (slot + 1) * self.C) if self.writer else end
-            case LaneEnded(lane=lane, end=end):
-                self.ends[lane] = max(end, self.positions[lane])
+            case SlotPublished() | LaneEnded():
+                self.reading.take(message)
             case CursorIs(cursor=cursor):
                 self.cursor, self.saving = cursor, "write"
                 if not self.writer:
