@@ -68,7 +68,9 @@ class Report(msgspec.Struct, frozen=True):
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON line.")
 @click.pass_context
 def bench(ctx: click.Context, /, config_path: str | None, **options: Any) -> None:
-    """Measure the pipeline on your shards, or on a built-in corpus, with 1 … N workers.
+    """Measure how the pipeline scales on this machine, by worker.
+
+    On your shards, or on a built-in corpus, with 1 … N workers.
 
     Every point is two runs of `tokenize` whose difference counts, so that starts cancel; N workers
     are kept to N CPUs. What the stages cost is kept: `--workers auto` chooses by it from then on,
@@ -78,7 +80,7 @@ def bench(ctx: click.Context, /, config_path: str | None, **options: Any) -> Non
     \b
     Examples:
       fineweb-pipeline bench
-      fineweb-pipeline bench --shards '/data/*.parquet' --megabytes 200 --png s.png
+      fineweb-pipeline bench --shards '/data/*.zst' --megabytes 200 --png a.png
       fineweb-pipeline bench --form jsonl.zst --json
     """
     given = cli_options.given(ctx)

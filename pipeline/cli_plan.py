@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON line.")
 @click.pass_context
 def plan(ctx: click.Context, /, config_path: str | None, **options: Any) -> None:
-    """Say what a run will need and how long it will take, and run nothing.
+    """Say what a run will need and how long it takes; run nothing.
 
     The shards are looked up (8 MB of the first are read if they are remote), the pipeline and the
     trainer's step are measured here for a few seconds, and the real scheduler is simulated with
