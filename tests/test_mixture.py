@@ -47,7 +47,7 @@ def test_shares_are_exact_and_any_position_says_how_far_the_others_are(
     for count in range(60):
         lane = turns.next_lane(positions, ends)
         if lane is None:
-            group = turns._next_group(positions)
+            group = turns.next_group(positions)
             assert all(positions[one] // T == most[one] for one in group.members)
             break
         assert turns.reached(lane, positions[lane] // T, most) == [at // T for at in positions]
