@@ -25,8 +25,9 @@ from typing import Any, NamedTuple, get_origin
 import msgspec
 import yaml
 
-from pipeline.config import Config, from_plain, to_plain, validate, without_secrets
+from pipeline.config import Config, from_plain, to_plain, without_secrets
 from pipeline.errors import ConfigError
+from pipeline.rules import validate
 
 PREFIX = "FINEWEB_"
 _COMMANDS = "commands"  # the file's section of options that are no key

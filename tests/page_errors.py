@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import config, consuming, errors
+from pipeline import consuming, errors, rules
 from pipeline.config import Config
 from pipeline.errors import ExitCode, FinewebError
 from pipeline.sources import ChangedError, TransientError
@@ -101,7 +101,7 @@ def table_of_errors() -> str:
 def table_of_rules() -> str:
     """What configurations must keep to: by what is said of one that does not."""
     keys: dict[str, list[str]] = {}
-    for _, key, what in config._rules(Config(name="x")):  # the rules are said nowhere else
+    for _, key, what in rules.rules(Config(name="x")):
         keys.setdefault(re.sub(r"^(None|[\d.]+)", "…", what), []).append(f"`{key}`")
     lines = ["| it says, after the key | of these keys |", "|---|---|"]
     lines += [f"| {cell(what)} | {', '.join(named)} |" for what, named in keys.items()]

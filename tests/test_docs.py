@@ -26,8 +26,9 @@ import yaml
 
 from pipeline import settings
 from pipeline.cli import cli
-from pipeline.config import from_plain, validate
+from pipeline.config import from_plain
 from pipeline.messages import Message
+from pipeline.rules import validate
 from tests import page_errors, pages
 from tests.harness import ROOT, english, write_shards
 

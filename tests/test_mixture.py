@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pipeline import cache, config, dry_run, identity, mixture, settings
+from pipeline import cache, config, dry_run, identity, mixture, rules, settings
 from pipeline.errors import ConfigError
 from pipeline.turns import Group, Turns
 from pipeline.where import Request, find
@@ -101,7 +101,7 @@ def test_lanes_by_weight_and_the_fingerprint() -> None:
 )
 def test_mixes_that_cannot_be(mix: Any, stream: Any, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
-        config.validate(_config(mix, **stream))
+        rules.validate(_config(mix, **stream))
 
 
 def test_a_mix_is_shown_as_a_file_that_says_the_same(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pipeline import settings
+from pipeline import rules, settings
 from pipeline.cli import cli
 from pipeline.cli_options import KEYS
+from pipeline.config import from_plain
 from pipeline.errors import ConfigError, FinewebError
 from tests.harness import english, write_shards
 from tests.test_cli import PROGRAM
@@ -222,3 +224,11 @@ def test_the_shell_completes_commands_options_and_configurations() -> None:
         assert expected <= found, (words, done)
     for shell in ("bash", "zsh", "fish"):
         assert "_FINEWEB_PIPELINE_COMPLETE" in invoke("completion", shell).stdout
+
+
+@pytest.mark.parametrize("key", rules._POSITIVE)
+def test_what_must_be_positive_is_refused_by_its_name(key: str) -> None:
+    """Whatever else is computed from it: none of these may divide by the zero first."""
+    plain = {"name": "x", **nested(key, 0)}
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)}: 0(.0)? is not positive"):
+        rules.validate(from_plain(plain))
