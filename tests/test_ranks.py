@@ -474,20 +474,60 @@ def test_a_killed_rank_ends_all_and_max_restarts_brings_the_run_home(
 def test_no_rank_outlives_its_launcher(tmp_path: Path, shards: list[Path]) -> None:
     """kill -9 of the launcher: the ranks stop as if asked to, with a checkpoint. One of them runs
     through a stand-in for ssh, which is all that is between it and the launcher."""
-    (tmp_path / "bin").mkdir()
-    ssh = tmp_path / "bin" / "ssh"
-    ssh.write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
-    ssh.chmod(0o755)
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text('[{"ssh": "localhost", "ips": ["127.0.0.1"]}, '
-                     '{"ssh": "other-host", "ips": ["127.0.0.1"]}]')  # fmt: skip
     job = Job(tmp_path, shards, checkpoint_interval=1000)
-    first_port = str(launch.free_ports(1)[0] // 2 + 16000)
-    process = job.start(100_000, "--hostfile", str(hosts), "--port", first_port,
-                        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")  # fmt: skip
+    process = job.start(100_000, *two_hosts(tmp_path), PATH=path_with_ssh(tmp_path))
     until(events(process), "step_done")
     every = descendants(process.pid)
     assert len(every) > 8
     process.kill()
     all_end(every, ENDS_S)
     assert job.saved() == max(job.updates())
+
+
+@pytest.mark.timeout(120)
+def test_without_a_host_that_is_gone_the_others_go_on(tmp_path: Path, shards: list[Path]) -> None:
+    """Its rank is killed, and ssh does not reach it any more: one rank goes on with all lanes."""
+    job = Job(tmp_path, shards, checkpoint_interval=4)
+    process = job.start(
+        100_000, *two_hosts(tmp_path), "--max-restarts", "1", PATH=path_with_ssh(tmp_path)
+    )
+    told = events(process)
+    until(told, "checkpoint_written")
+    (tmp_path / "gone").touch()
+    both = [one for one in descendants(process.pid) if "pipeline.rank_process" in one.cmdline()]
+    max(both, key=lambda one: one.pid).kill()  # started second
+    again = until(told, "ranks_started_again")
+    assert again["ranks"] == 1
+    assert "rank 1 (other-host)" in again["why"]
+    until(told, "checkpoint_written")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.RESUME, err[-2000:]
+    updates = job.updates()
+    assert job.saved() == max(updates)
+    (tmp_path / "alone").mkdir()
+    alone = Job(tmp_path / "alone", shards, checkpoint_interval=1000)
+    alone.run(max(updates))
+    expected = alone.updates()
+    assert {step: one[0] for step, one in updates.items()} == {
+        step: expected[step][0] for step in updates
+    }
+
+
+def path_with_ssh(folder: Path) -> str:
+    """PATH on which ssh runs its command on this machine, until there is a file `gone`."""
+    (folder / "bin").mkdir()
+    ssh = folder / "bin" / "ssh"
+    ssh.write_text(
+        f'#!/bin/sh\n[ -e "{folder}/gone" ] && exit 255\nfor last; do :; done\nexec sh -c "$last"\n'
+    )
+    ssh.chmod(0o755)
+    return f"{folder / 'bin'}:{os.environ['PATH']}"
+
+
+def two_hosts(folder: Path) -> tuple[str, ...]:
+    """Options for two ranks on this machine, one of them as if it were elsewhere."""
+    hosts = folder / "hosts.json"
+    hosts.write_text('[{"ssh": "localhost", "ips": ["127.0.0.1"]}, '
+                     '{"ssh": "other-host", "ips": ["127.0.0.1"]}]')  # fmt: skip
+    return "--hostfile", str(hosts), "--port", str(launch.free_ports(1)[0] // 2 + 16000)
