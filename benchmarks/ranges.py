@@ -76,7 +76,7 @@ def _server(folder: str, place: Place) -> Iterator[str]:
 
 
 def _read(url: str, limit: int, out: Path) -> tuple[float, float, int]:
-    """Seconds, CPU seconds, and how many ranges were found to be worth it."""
+    """Seconds, CPU seconds, and how many ranges were found to be worth it; 0: it ended before."""
     told: list[dict[str, Any]] = []
     source, ranges = open_source(url, _OPTIONS), Ranges(limit, told.append)
     expected = source.stat()
@@ -89,7 +89,7 @@ def _read(url: str, limit: int, out: Path) -> tuple[float, float, int]:
         os.fsync(file.fileno())
     if size != expected.size_bytes:
         raise RuntimeError(f"{size} bytes came of {expected.size_bytes}")
-    worth = int(told[-1]["ranges"]) if told else 1
+    worth = int(told[-1]["ranges"]) if told else 0
     return time.monotonic() - begin, time.process_time() - cpu, worth
 
 
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.json:
         print(measure.machine())
         print(measure.table(
-            ["server", "one, MB/s", "several, MB/s", "faster", "ranges kept", "CPU s, one",
+            ["server", "one, MB/s", "several, MB/s", "faster", "ranges kept (0: ended before)", "CPU s, one",
              "several"],
             [[row["server"], row["one_mb_per_s"], row["several_mb_per_s"],
               f"{row['faster']} ({row['from_to'][0]} to {row['from_to'][1]})",
