@@ -135,8 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.json:
         print(measure.machine())
         print(measure.table(
-            ["server", "one, MB/s", "several, MB/s", "faster", "ranges kept (0: ended before)", "CPU s, one",
-             "several"],
+            ["server", "one, MB/s", "several, MB/s", "faster", "kept (0: it ended before)",
+             "CPU s, one", "several"],
             [[row["server"], row["one_mb_per_s"], row["several_mb_per_s"],
               f"{row['faster']} ({row['from_to'][0]} to {row['from_to'][1]})",
               ", ".join(map(str, row["kept"])), row["one_cpu_s"], row["several_cpu_s"]]
